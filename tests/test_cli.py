@@ -947,6 +947,10 @@ MISTAKES = {
     "misspelt name": ("train vae digit", "did you mean 'digits'"),
     "empty folder": ("train vae empty", "empty: holds no images .*it is empty"),
     "folder without images": ("train vae notes", "notes: holds no images .*1 .txt"),
+    "a table for images": (
+        "score vae none.csv --out s.csv",
+        "DATA: expected images of 3 x 8 x 8, .*none.csv is a table",
+    ),
     "mixed sizes": ("train vae mixed", "images differ in size.*--size N"),
     "mixed sizes, later": ("evaluate vae mixed", "images differ in size.*--size N"),
     "truncated image": ("train vae truncated", r"dog/07\.png is not a readable.*--skip-bad"),

@@ -154,7 +154,7 @@ def test_all_faults_of_a_choice_are_named(tmp_path):
     with fails("sims.csv: no column matches 'phi_.': give one of run_id, theta_0, x_0"):
         load(path, of="phi_?", given="x_*")
     with fails(
-        "sims.csv: columns cannot be chosen so:",
+        "sims.csv: columns cannot be chosen:",
         "of: 'theta_.*' is given twice",
         "no column matches 'phi': give one of",
         "no column matches 'z': give one of",

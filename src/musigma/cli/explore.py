@@ -33,8 +33,8 @@ def explore(
 
     Args:
         source: Data to look at. By default those that the model was trained on.
-        host: Address to listen on. Other machines can reach the page only at another address than
-            the default, 0.0.0.0 for example; its URL then holds a random token.
+        host: Address to listen on. The default serves this machine only. 0.0.0.0 serves other
+            machines, too; the URL then contains a random token.
         port: Port to listen on; 0 for any that is free.
     """
     try:

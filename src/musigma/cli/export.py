@@ -32,16 +32,16 @@ def export(
 ) -> None:
     """Write a model as functions that run without this library.
 
-    They are encoder, decoder, log_prob and sampler. A sheet in JSON beside them says of each what
-    goes in and what comes out. Every draw is an input, `noise`, so all of them are deterministic.
-    Each file is run, and compared with the model, before it appears.
+    The functions are encoder, decoder, log_prob and sampler. `sheet.json` describes the inputs and
+    outputs of each. Draws are inputs, called `noise`, so the functions are deterministic. Before a
+    file appears, it is run and compared with the model.
 
     Args:
         onnx: Folder for files of ONNX, or an .onnx file for a single function. Needs pip install
             'musigma[export]'.
         torch_export: Folder for files of torch.export, or a .pt2 file for a single function.
         static: Folder for a page that shows the model in a browser alone, on any static server.
-            It holds the model and some of its data, which whoever opens it can read.
+            It holds the model and some of its data, which anyone who opens it can read.
         functions: A function to write; may be given several times. By default all that the model
             has.
         examples: Number of examples of the data in the folder of `--static`, evenly spread.

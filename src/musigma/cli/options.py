@@ -126,8 +126,8 @@ class DataOptions:
             trained on, and all of any other data.
         size: Resize images to this size first: 32, or 48x64 (height x width). By default the size
             used in training.
-        unseen: What to do about categories of a table that the training data lack: score them by
-            the probability that the model keeps for what it has not seen, or refuse the data.
+        unseen: What to do about categories of a table that are not in the training data: score
+            them by the probability that the model reserves for them, or refuse the data.
         reading: How data are read.
         batch_size: Number of examples per batch.
     """

@@ -89,12 +89,13 @@ def propose(
     out: Path,
     common: Common = Common(),
 ) -> None:
-    """Draw parameters for further simulations, where one observation leaves them probable.
+    """Draw parameters for further simulations from the region that an observation allows.
 
-    They are draws from the prior, restricted to the region that holds all of the posterior but a
-    share of EPSILON. Simulate at these values, and train on the pairs of all rounds together
-    (`train ... --observed FILE`, or `finetune`): the loss needs no correction, but the result is
-    valid for this observation alone. (Deistler, Goncalves, Macke, 2022, arXiv:2210.04815.)
+    The draws are from the prior, restricted to the region that contains the posterior except for
+    a share of EPSILON of its mass. Simulate at these values, and train on the pairs of all rounds
+    together (`train ... --observed FILE`, or `finetune`): the loss needs no correction, but the
+    result is valid for this observation alone. (Deistler, Goncalves, Macke, 2022,
+    arXiv:2210.04815.)
 
     Args:
         given: File with one row, the observation.

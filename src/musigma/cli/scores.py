@@ -54,27 +54,27 @@ def score(
     With one draw per example (k = 1) a score depends a little on the batch that the example is in;
     a larger k reduces this. All of the data are scored unless --split says otherwise.
 
-    With --fpr or --calibrate, p_value says how many normal examples are as strange: it is the
-    share of calibration rows with at least that score. These are held-out rows of the training
-    data, or those of a file. p-values hold for examples that the model was not trained on.
+    With --fpr or --calibrate, p_value is the share of calibration rows with at least that score.
+    These are held-out rows of the training data, or the rows of a file. The p-values are valid
+    for examples that the model was not trained on.
 
     With --by, each of the named scores has a column, a p-value and a flag of its own, such as
     typicality, p_value_typicality and flag_typicality. The strangest examples have the highest
-    score. NaN is counted, and counts as the strangest.
+    score. Scores that are NaN are counted, and rank as the strangest.
 
     Args:
         out: A .csv or .parquet table. Each of several processes writes a shard. May be left out
             with --drift or --maps.
         k: Draws per example; more draws give a tighter bound.
-        fpr: Largest share of normal examples to flag: 0.01.
+        fpr: False-positive rate: the largest share of normal examples to flag, such as 0.01.
         calibrate: Normal rows to calibrate on, which the model was not trained on. By default the
             held-out part of the training data.
-        explain: Number of columns of a table that `because` names, the most surprising first; of
-            flagged rows alone, if --fpr is given.
+        explain: Number of columns of a table to name in the column `because`, the most surprising
+            first; with --fpr, for flagged rows only.
         drift: Test whether the data as a whole, and each column of a table, have the distribution
             of the calibration rows.
-        maps: A folder for pictures of the 16 strangest images, each above a map of where the nats
-            lie: those of each pixel (VAEs), or the change by replacing a patch (flows).
+        maps: A folder for pictures of the 16 strangest images, each above a map of its nats: those
+            of each pixel (VAEs), or the change if a patch is replaced (flows).
         orders: Number of orders of the columns whose mixture is scored, for a model that has many
             (`table`). By default as in training.
     """

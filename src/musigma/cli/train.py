@@ -112,7 +112,7 @@ class TrainingData:
     Args:
         size: Resize images to this size: 32, or 48x64 (height x width).
         of: Columns of the table to model: a name or a pattern ('theta_*'). May be given several
-            times. Others are left out, unless they are given. By default all that are not given.
+            times. By default all columns but those of --given.
         given: Context of each example, to condition the model on: `label`, a column of the table
             or a pattern of columns ('x_*'), or a file or folder with a row or image for each
             example. May be given several times.
@@ -125,16 +125,15 @@ class TrainingData:
             [["a", "b", "c"]] and ordered = [["d", "e"]]. The model has no density outside. Rows
             outside are refused.
         observed: A file with the one observation that the simulations were proposed for (musigma
-            propose). The run answers for it alone, and commands warn of others.
+            propose). The posterior is then valid for it alone, and commands warn of others.
         schema: Types of the columns of a table: the path of a schema file, as `musigma schema`
             writes it; `infer`: from the data; `none`: plain numbers. By default inferred if the
             architecture takes types.
-        missing: Missing values of a typed table have a probability of their own (model), or are
-            left out of the density (ignore). A schema file says it by column.
+        missing: Missing values of a typed table: `model` gives them a probability, `ignore` leaves
+            them out of the density. A schema file can set it for each column.
         energy: Train by an unnormalized density instead of data: FILE.py:NAME of a function of x
             (and of the context, if there is one) that returns the log density of each row by
-            torch. DATA are then rows about where it has its mass, such as draws from a prior, or
-            are left out.
+            torch. DATA may then be left out, or be rows near its mass, such as draws from a prior.
         features: Number of features of x, with --energy and without DATA.
         reading: How data are read.
     """

@@ -145,6 +145,11 @@ class Trained:
         saved, preprocess = self.about_data, self.preprocess
         if options.size is not None:
             preprocess = dataclasses.replace(preprocess, size=image_size(options.size))
+        if self.is_image and source.endswith((".csv", ".tsv")):
+            size = " x ".join(map(str, self.shape))
+            raise ValueError(
+                f"DATA: expected images of {size}, as in training; {source} is a table"
+            )
         here, there = data.identity(source), saved.get("source")
         self.given = options.given or tuple(
             item for item in saved.get("given", ()) if here == there or not is_source(item)

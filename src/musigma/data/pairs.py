@@ -57,9 +57,7 @@ def chosen(
         )
     if faults:
         lines = "".join(f"\n  {fault}" for fault in faults)
-        raise request.error(
-            faults[0] if len(faults) == 1 else f"columns cannot be chosen so:{lines}"
-        )
+        raise request.error(faults[0] if len(faults) == 1 else f"columns cannot be chosen:{lines}")
     return found["of"], found["given"]
 
 

@@ -46,8 +46,8 @@ def mlp_vae(
         squash: Apply a sigmoid to the mean of a `gaussian` likelihood.
         likelihood: A name that `musigma.likelihood` takes; `auto` is `bernoulli` for
             1 bit, `gaussian` for continuous data, and `logistic-mixture` otherwise.
-        std: Standard deviation of a `gaussian` likelihood: emitted by the network, one per channel
-            or pixel, at its optimum, or a number.
+        std: Standard deviation of a `gaussian` likelihood: `emitted` by the network, one for each
+            `channel` or `pixel`, `optimal` (the root mean squared error), or a number.
         standardize: Standardize continuous data in the first layer: by the mean and the standard
             deviation of each feature of the training data, or by its distribution function
             (`quantile`), after which each is about normal. The log-determinant is included.

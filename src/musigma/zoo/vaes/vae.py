@@ -67,8 +67,8 @@ def vae(
             1 bit, `gaussian` for continuous data, and `logistic-mixture` otherwise. `poisson`,
             `nb` and `zinb` are for counts, whose logarithms, log(1 + x), the encoder takes.
         components: Number of components of a `logistic-mixture`.
-        std: Standard deviation of a `gaussian` likelihood: emitted by the network, one per channel
-            or pixel, at its optimum, or a number.
+        std: Standard deviation of a `gaussian` likelihood: `emitted` by the network, one for each
+            `channel` or `pixel`, `optimal` (the root mean squared error), or a number.
         standardize: Standardize continuous data in the first layer: by the mean and the standard
             deviation of each feature of the training data, or by its distribution function
             (`quantile`), after which each is about normal. The log-determinant is included.

@@ -59,8 +59,8 @@ def vdvae(
         likelihood: A name that `musigma.likelihood` takes; `auto` is `bernoulli` for
             1 bit, `gaussian` for continuous data, and `logistic-mixture` otherwise.
         components: Number of components of a `logistic-mixture`.
-        std: Standard deviation of a `gaussian` likelihood: emitted by the network, one per channel
-            or pixel, at its optimum, or a number.
+        std: Standard deviation of a `gaussian` likelihood: `emitted` by the network, one for each
+            `channel` or `pixel`, `optimal` (the root mean squared error), or a number.
         context: Number of features of the context; it conditions encoder, priors and posteriors.
     """
     at_least(1, latents=latents, width=width, components=components)
