@@ -82,7 +82,7 @@ _SCALES: dict[str, _ScaleMap] = {
         limit=2.0,
     ),
     "softclip": _ScaleMap(
-        lambda h, limit: h / (1 + h.abs() / limit),
+        lambda h, limit: h / torch.rsub(h.abs(), 1, alpha=-1 / limit),  # 1 + |h| / limit, at once
         lambda s, limit: s / (1 - s.abs() / limit),
         lambda limit: (-limit, limit),
         limit=math.log(1e3),
@@ -328,8 +328,7 @@ class Format:
         elif not -h.ndim <= self.dim < h.ndim or h.shape[self.dim] % 2:
             parts = ()
         elif self.layout == "halves":
-            half = h.shape[self.dim] // 2
-            parts = split(h, half) if self.dim == 1 else h.split(half, self.dim)
+            parts = split(h, [h.shape[self.dim] // 2] * 2, self.dim)
         elif self.layout == "interleaved":
             last = h.movedim(self.dim, -1).unflatten(-1, (-1, 2))  # gradients: channels last too
             parts = tuple(t.movedim(-1, self.dim) for t in last.unbind(-1))

@@ -45,11 +45,11 @@ def batch_last(t: Tensor) -> bool:
     return t.ndim == 2 and t.stride(0) == 1 != t.stride(1)
 
 
-def split(t: Tensor, sizes: int | Sequence[int]) -> Sequence[Tensor]:
-    """Parts of axis 1, as `torch.split`; the gradient has the layout of `t`."""
-    if t.requires_grad and batch_last(t):
-        return [part.t() for part in t.t().split(sizes)]  # pyright: ignore[reportArgumentType]
-    return t.split(sizes, 1)  # pyright: ignore[reportArgumentType]
+def split(t: Tensor, sizes: list[int], dim: int = 1) -> Sequence[Tensor]:
+    """Parts of some sizes, as `torch.split`; the gradient has the layout of `t`."""
+    if dim == 1 and t.requires_grad and batch_last(t):
+        return [part.t() for part in t.t().split_with_sizes(sizes)]
+    return t.split_with_sizes(sizes, dim)
 
 
 def concatenated(parts: Sequence[Tensor]) -> Tensor:

@@ -274,14 +274,15 @@ class Autoregressive(MapLayer):
         self, y: Tensor, like: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         steps: list[tuple[Tensor, Tensor]] = []
+        ys = y.split(1, -1)
 
         def fill(i: int, h: Tensor) -> Tensor:
-            steps.append(self.map.inverse(y[..., i : i + 1], h))
+            steps.append(self.map.inverse(ys[i], h))
             return steps[-1][0]
 
         self.net.unroll(fill, like, context)
-        x, log_slope = zip(*steps, strict=True)
-        return torch.cat(x, -1), torch.cat(log_slope, -1)
+        x, log_slope = map(_joined, zip(*steps, strict=True))
+        return x, log_slope
 
     def _by_windows(
         self, y: Tensor, like: Tensor, context: Tensor | None
@@ -299,6 +300,13 @@ class Autoregressive(MapLayer):
             x[..., 1:][..., here] = torch.cat([new[..., :final], _tame(new[..., final:])], -1)
             start += final
         return x[..., 1:], log_slope
+
+
+def _joined(steps: Sequence[Tensor]) -> Tensor:
+    """Steps (B, 1), or (B, C, 1), side by side; vectors batch last, as networks emit them."""
+    if steps[0].ndim == 2:
+        return torch.cat([*steps]).view(len(steps), len(steps[0])).t()
+    return torch.cat([*steps], -1)
 
 
 def _unchanged(new: Tensor, old: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -348,8 +349,8 @@ class MADE(nn.Module):
         self.stack = _Stack(masks, zero)
         self.register_buffer("order", degrees[-1].argsort(stable=True), persistent=False)
         layers = [seen, *inner, sorted(owners)]
-        self.widths = [len(layer) + (layer is seen) for layer in layers[:-1]]
-        self.plan = [_rows(layers, i) for i in range(self.features)]
+        self.sizes = [[*Counter(layer).values()] for layer in layers[1:]]
+        self.plan = [_steps(layers, i) for i in range(self.features)]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The outputs (B, len(owners)), for x (B, D)."""
@@ -364,47 +365,62 @@ class MADE(nn.Module):
         Step i computes only the hidden units of degree i and the outputs of feature i, so all
         steps together cost less than one pass.
         """
-        layers = self.stack.layers()
+        layers, batch = self.stack.layers(), len(like)
         weight, bias = layers[-1]
         layers[-1] = weight.index_select(0, self.order), bias.index_select(0, self.order)
         row = one_row(context) if self.context else None
-        context, n = (context, len(like)) if row is None else (row, 1)
+        context, n = (context, batch) if row is None else (row, 1)
         layers[0] = _given(*layers[0], join(like[:n, :0], context, self.context))
-        known = [_room(width, like) for width in self.widths]
-        for i, rows in enumerate(self.plan):
-            n = len(like) if i else n  # what depends on one row of context alone is one column
-            h = known[0]
-            for j, first, last, below in rows:
-                weight, bias = layers[j]
-                here = known[j + 1][first:last] if j < len(layers) - 1 else None
-                out = here if n > 1 and not torch.is_grad_enabled() else None
-                inputs = known[j][:below, :n]
-                h = torch.addmm(bias[first:last], weight[first:last, :below], inputs, out=out)
-                if here is not None:
-                    h = F.relu(h, inplace=True)
-                if here is not out:
-                    known[j + 1] = _put(known[j + 1], first, h.expand(-1, len(like)))
-            known[0] = _put(known[0], i, fill(i, h.expand(-1, len(like)).t()).t())
+        known = [_Units(sizes, like) for sizes in ([1] * self.features, *self.sizes[:-1])]
+        parts = [  # as views of all parts at once
+            zip(weight.split(sizes), bias.split(sizes), strict=True)
+            for (weight, bias), sizes in zip(layers, self.sizes, strict=True)
+        ]
+        for i, steps in enumerate(self.plan):
+            n = batch if i else n  # what depends on one row of context alone is one column
+            h = like
+            for j, below in steps:
+                weight, bias = next(parts[j])
+                inputs = known[j].values[:below]
+                inputs = inputs if n == batch else inputs[:, :n]
+                above = known[j + 1] if j + 1 < len(known) else None
+                out = above.place if above and n == batch else None
+                h = torch.addmm(bias, weight[:, :below], inputs, out=out)
+                if above:
+                    above.put(h.relu_())
+            h = h if n == batch else h.expand(-1, batch)
+            known[0].put(fill(i, h.t()).t())
 
 
-def _rows(layers: Sequence[Sequence[int]], degree: int) -> list[tuple[int, int, int, int]]:
-    """The units of a degree: (layer, first, last, number of inputs) for each layer with any."""
-    steps = []
-    for j, (below, layer) in enumerate(itertools.pairwise(layers)):
-        first, last = bisect_left(layer, degree), bisect_right(layer, degree)
-        if first < last:
-            steps.append((j, first, last, bisect_right(below, degree)))
-    return steps
+class _Units:
+    """The values of a layer (units, B), which become known in groups.
+
+    They are written in place, or with gradients into a copy.
+
+    Attributes:
+        values: The known values, with room for the others.
+        place: The room of the next group; None with gradients.
+    """
+
+    def __init__(self, sizes: list[int], like: Tensor):
+        copied = torch.is_grad_enabled()
+        self.values = like.new_empty(0 if copied else sum(sizes), len(like))
+        self.places = iter([None] * len(sizes) if copied else self.values.split(sizes))
+        self.place = next(self.places)
+
+    def put(self, group: Tensor) -> None:
+        """The values of the next group (units, B), or (units, 1) if they are all the same."""
+        if self.place is None:
+            self.values = torch.cat([self.values, group.expand(-1, self.values.shape[1])])
+        elif group is not self.place:
+            self.place.copy_(group)
+        self.place = next(self.places, None)
 
 
-def _room(rows: int, like: Tensor) -> Tensor:
-    """Memory for `rows` rows; empty with gradients, where rows are concatenated instead."""
-    return like.new_empty(0 if torch.is_grad_enabled() else rows, len(like))
-
-
-def _put(rows: Tensor, at: int, more: Tensor) -> Tensor:
-    """Write further rows at an index: in place, or into a copy with gradients."""
-    if torch.is_grad_enabled():
-        return torch.cat([rows[:at], more])
-    rows[at : at + len(more)] = more
-    return rows
+def _steps(layers: Sequence[Sequence[int]], degree: int) -> list[tuple[int, int]]:
+    """The layers with units of a degree, and the number of units below that these depend on."""
+    return [
+        (j, bisect_right(below, degree))
+        for j, (below, layer) in enumerate(itertools.pairwise(layers))
+        if degree in layer
+    ]
