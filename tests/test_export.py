@@ -358,7 +358,7 @@ def test_missing_libraries_are_named(run, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         main(["export", str(run), "--onnx", str(run / "files")])
-    assert "onnx and onnxscript are missing: pip install" in capsys.readouterr().err
+    assert "it needs onnx, onnxscript, onnxruntime: pip install" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def export(
     torch_export: Path | None = None,
     static: Path | None = None,
     functions: Annotated[tuple[Name, ...], Parameter(name="--function")] = (),
-    examples: int = 200,
+    examples: int | None = None,
     onnxruntime: Path | None = None,
     overwrite: bool = False,
     source: Annotated[str | None, Parameter(name="--data", group=DATA)] = None,
@@ -44,7 +44,8 @@ def export(
             It holds the model and some of its data, which anyone who opens it can read.
         functions: A function to write; may be given several times. By default all that the model
             has.
-        examples: Number of examples of the data in the folder of `--static`, evenly spread.
+        examples: Number of examples of the data in the folder of `--static`, evenly spread. By
+            default 200.
         onnxruntime: Folder of the npm package onnxruntime-web, for `--static`. By default it is
             downloaded once from the npm registry, and checked.
         overwrite: Replace what an earlier export wrote.
@@ -67,11 +68,12 @@ def export(
             raise ValueError("function: --static writes those that its page needs; leave it out")
         check_needs("onnx")
         _check_folder(out, kind, overwrite, "musigma.json")
-        _write_page(Trained(run, common), source, options, out, examples, onnxruntime)
+        _write_page(Trained(run, common), source, options, out, examples or 200, onnxruntime)
         return
-    if source is not None or onnxruntime is not None:
-        name = "data" if source is not None else "onnxruntime"
-        raise ValueError(f"{name}: it is for --static; leave it out")
+    given = {"data": source, "examples": examples, "onnxruntime": onnxruntime}
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}: it is for --static; leave it out")
     check_needs(kind)
     _check_out(out, kind, functions, overwrite)
     trained = Trained(run, common)

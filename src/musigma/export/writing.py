@@ -33,13 +33,13 @@ class Kind(NamedTuple):
     Attributes:
         suffix: Of a file.
         save: Writes a function into a file.
-        load: Returns what runs a file; None if nothing that runs it is installed.
-        needs: Modules that `save` needs.
+        load: Returns what runs a file.
+        needs: Modules that `save` and `load` need.
     """
 
     suffix: str
     save: Callable[[Function, Path], None]
-    load: Callable[[Path], Run | None]
+    load: Callable[[Path], Run]
     needs: tuple[str, ...] = ()
 
 
@@ -70,7 +70,7 @@ def write(
         The sheet.
 
     Raises:
-        ValueError: If a file computes other numbers than the model, what writes it is not
+        ValueError: If a file computes other numbers than the model, what writes or runs it is not
             installed, or several functions are to be written into one file.
     """
     out, how = Path(out), KINDS[kind]
@@ -103,23 +103,21 @@ def write(
 
 
 def check_needs(kind: str) -> None:
-    """Refuse a kind of files of which the library that writes it is missing.
+    """Refuse a kind of files of which a library that writes or runs it is missing.
 
     Raises:
         ValueError: Naming all that are missing.
     """
     missing = [name for name in KINDS[kind].needs if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(
-            f"{kind}: {' and '.join(missing)} are missing: pip install 'musigma[export]'"
-        )
+        raise ValueError(f"{kind}: it needs {', '.join(missing)}: pip install 'musigma[export]'")
 
 
-def save(function: Function, path: Path, kind: str = "onnx") -> float | None:
+def save(function: Function, path: Path, kind: str = "onnx") -> float:
     """Write a function into a file, and run it.
 
     Returns:
-        The largest `difference` from the model; None if nothing that runs the file is installed.
+        The largest `difference` from the model.
 
     Raises:
         ValueError: If the function cannot be written, or the file computes other numbers.
@@ -130,12 +128,10 @@ def save(function: Function, path: Path, kind: str = "onnx") -> float | None:
         try:
             run = how.load(path)
         except Exception as error:  # runtimes raise anything
-            text = str(error).splitlines()[0][:200]
+            text = str(error).partition("\n")[0][:200]
             raise ValueError(
                 f"{function.name}: the file cannot be run ({text}); nothing is written"
             ) from error
-    if run is None:
-        return None
     levels = [value.levels for value in function.outputs]
     for part in (slice(None), slice(1)):
         got = run([value.tensor[part] for value in function.inputs])
@@ -198,18 +194,17 @@ def _onnx_reason(error: BaseException) -> str:
         name = rest.partition("'")[0]
         why = " (typed columns and bounds need it)" * (name in LACKING)
         return f"ONNX has no operation for {name}{why}; use --torch-export"
-    return f"PyTorch cannot convert it to ONNX ({text.splitlines()[0][:200]}); use --torch-export"
+    first = text.partition("\n")[0][:200]
+    return f"PyTorch cannot convert it to ONNX ({first}); use --torch-export"
 
 
 LACKING = ("aten.searchsorted", "prims.ndtri")
 """Operations of typed columns and of bounds that ONNX lacks."""
 
 
-def _load_onnx(path: Path) -> Run | None:
-    try:
-        import onnxruntime
-    except ImportError:
-        return None
+def _load_onnx(path: Path) -> Run:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(
@@ -226,7 +221,7 @@ def _load_onnx(path: Path) -> Run | None:
 
 
 KINDS = {
-    "onnx": Kind(".onnx", _save_onnx, _load_onnx, ("onnx", "onnxscript")),
+    "onnx": Kind(".onnx", _save_onnx, _load_onnx, ("onnx", "onnxscript", "onnxruntime")),
     "torch": Kind(".pt2", _save_torch, _load_torch),
 }
 """Kinds of files, by name."""
