@@ -281,6 +281,8 @@ def test_what_a_misread_scale_does(clients):
     right = got(client, "mismatch", sampler="log_var", kl="log_var", noise=1)
     assert right["chosen"] == right["best"]
     assert right["std"][right["chosen"]] == pytest.approx(0.5**0.5, abs=0.01)
+    exact = 0.5 * np.log(4 * np.pi)  # -log p of x = 0, which is of N(0, 2)
+    assert min(right["bound"]) == pytest.approx(exact, abs=1e-3)
     wrong = got(client, "mismatch", sampler="log_std", kl="log_var", noise=1)
     assert wrong["std"][wrong["chosen"]] == pytest.approx(0.5, abs=0.01)  # as in the README
     assert wrong["loss"][wrong["chosen"]] < min(wrong["bound"])  # better than any model can be
@@ -310,6 +312,27 @@ def test_the_class_of_an_example_can_be_another(clients, folder, monkeypatch):
     names = run(other["python"], folder, monkeypatch)
     assert names["context"].tolist() == [[0.0, 1.0]]
     assert same(other["reconstruction"], names["again"])
+
+
+def test_a_move_waits_for_its_directions_and_leaves_them_the_model():
+    model, data = flow_of_two(0.3)
+    explorer = Explorer(model, data)  # whose survey has not begun
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(explorer.decode, server.Choice(), "prior", "", None, "0:1")
+        try:
+            assert asked.result(timeout=10)["picture"]["rows"]
+        finally:
+            explorer.survey.ready.set()  # or the pool would wait for ever
+
+
+def test_a_single_example_has_a_page_without_a_map():
+    model, data = built("image")[0], musigma.data.load("digits").subset([0])
+    explorer = Explorer(randomized(model), data)
+    explorer.survey.wait()
+    moved = explorer.decode(server.Choice(), "example", "", None, "0:1")
+    assert moved["picture"] == explorer.decode(server.Choice(), "example", "", None)["picture"]
+    with pytest.raises(ValueError, match="two examples and two latent numbers; there are 1 and 4"):
+        explorer.at(server.Choice(), "components", [[0.0, 0.0]])
 
 
 # --- rows, planes, directions, anomalies ---------------------------------------------------------
@@ -504,6 +527,16 @@ def test_anomalies_and_their_lines(kind, clients, folder, monkeypatch):
     assert small["flagged"] == 0
 
 
+def test_two_columns_with_missing_values_are_rows_of_a_table(tmp_path):
+    lines = [f"{i % 7}.25,{'' if i % 5 == 0 else i / 10}" for i in range(60)]
+    (tmp_path / "two.csv").write_text("u,v\n" + "\n".join(lines))
+    data = musigma.data.load(tmp_path / "two.csv", schema="infer")
+    explorer = Explorer(musigma.build("table", data.spec(), hidden=8), data)
+    assert not explorer.about()["flat"]
+    answer = explorer.one(server.Choice(0), 0, 3, 1.0, "")
+    assert answer["input"]["rows"] == [["0.25", ""]] == [answer["cells"]]
+
+
 def test_scores_are_compared_with_those_of_normal_examples():
     torch.manual_seed(0)
     model, data = flow_of_two(0.3)
@@ -577,6 +610,26 @@ def test_a_map_by_umap(clients, folder, monkeypatch):
     names = run(decoded["python"], folder, monkeypatch)
     assert same(decoded["pictures"], names["y"])
     torch.testing.assert_close(names["flat"][0], centers[3], rtol=1e-3, atol=1e-3)
+
+
+def test_an_example_that_was_not_scored_has_no_color(monkeypatch):
+    monkeypatch.setattr("musigma.explore.survey.MOST", 50)
+    monkeypatch.setattr("musigma.explore.survey.EMBEDDED", 30)
+    module = types.ModuleType("umap")
+    module.UMAP = Halves
+    monkeypatch.setitem(sys.modules, "umap", module)
+    model, data = flow_of_two(0.3)
+    explorer = Explorer(randomized(model), data.subset(range(100)))
+    survey = explorer.survey
+    survey.wait().thread.join()
+    survey.embed().thread.join()
+    answer = explorer.map("umap", "score", 0)
+    scores = dict(zip(survey.rows.tolist(), survey.scores.tolist(), strict=True))
+    colors = dict(zip(answer["index"], answer["color"], strict=True))
+    assert {i: c for i, c in colors.items() if not np.isnan(c)} == {
+        i: scores[i] for i in colors if i in scores
+    }
+    assert 10 < np.isnan(list(colors.values())).sum() < 20
 
 
 def test_umap_that_fails_is_a_message(clients, monkeypatch):
@@ -675,6 +728,23 @@ def test_rows_are_typed(clients, folder, monkeypatch):
         assert response.status_code == 400
         assert reason in response.json()["message"]
     assert client.post("/api/upload", content=png()).status_code == 400
+
+
+def test_the_cells_of_a_row_are_the_row():
+    model, _ = built("vector")
+    x = np.array([[123456.7, 0.12345678, -1e-9], [1, 2, 3]], np.float32)
+    explorer = Explorer(model, musigma.data.Dataset(x, columns=("u", "v", "w")))
+    cells = explorer.one(server.Choice(0), 0, 3, 1.0, "")["cells"]
+    key = explorer.examples.row(cells)["upload"]
+    assert explorer.examples[server.Choice(0, key)][0].tolist() == x[:1].tolist()
+
+
+def test_an_upload_that_is_repeated_is_kept_as_the_newest(clients, monkeypatch):
+    monkeypatch.setattr("musigma.explore.examples.UPLOADS", 2)
+    _, explorer = clients("vector")
+    rows = (["1", "1", "1"], ["2", "2", "2"], ["1", "1", "1"], ["3", "3", "3"])
+    keys = [explorer.examples.row(row)["upload"] for row in rows]
+    assert list(explorer.examples.uploads) == [keys[0], keys[3]]
 
 
 def test_rows_of_typed_columns(tmp_path, monkeypatch):

@@ -197,6 +197,7 @@ def test_the_index_says_what_is_in_the_folder_and_asks_no_other_host():
     text = (STATIC / "index.html").read_text(encoding="utf-8")
     page = standalone._index(text, Explorer(model, data))
     assert "60 examples of the data are files beside it" in page
+    assert "it was opened as a file" in page
     assert "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'" in page
 
 
@@ -209,6 +210,8 @@ def test_models_that_the_page_cannot_show_are_refused(tmp_path):
         standalone.write(explorer, tmp_path / "page")
     assert all(text in str(error.value) for text in ("columns have types", "not float32"))
     plain, data = built("vector")
+    with pytest.raises(ValueError, match="two examples or more"):
+        standalone.write(Explorer(plain, data.subset([0])), tmp_path / "page")
     with pytest.raises(ValueError, match="npm pack onnxruntime-web"):
         standalone.write(Explorer(plain, data), tmp_path / "page", tmp_path)
     assert not list(tmp_path.iterdir())
@@ -221,6 +224,7 @@ def test_options_of_other_kinds_are_refused(tmp_path, capsys):
     for words, text in (
         (["--static", str(tmp_path / "page"), "--function", "decoder"], "function: --static"),
         (["--torch-export", str(tmp_path / "a"), "--data", "x.csv"], "data: it is for --static"),
+        (["--onnx", str(tmp_path / "a"), "--examples", "9"], "examples: it is for --static"),
         (["--static", str(tmp_path / "page")], "give --data"),
     ):
         with pytest.raises(SystemExit):

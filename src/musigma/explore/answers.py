@@ -290,7 +290,7 @@ def directions(points: Tensor, masks: Sequence[np.ndarray], count: int) -> Tenso
     """Steps of one standard deviation along components, and between means of classes, (K, D)."""
     _, scale, axes = torch.linalg.svd(points - points.mean(0), full_matrices=False)
     axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
-    along = axes[:count] * scale[:count, None] / (len(points) - 1) ** 0.5
+    along = axes[:count] * scale[:count, None] / max(len(points) - 1, 1) ** 0.5
     between = [points[mask].mean(0) - points[~mask].mean(0) for mask in masks]
     steps = torch.stack([*along, *between])
     return steps
@@ -390,7 +390,8 @@ def mismatch(
     r = torch.linspace(-6, 4, 501)[:, None]
     drawn, zero = Format.parse(sampler).log_std(r), torch.zeros_like(r)
     prior = DiagonalGaussian(zero, zero, 1)
-    error = (2 * drawn[:, 0]).exp() / (2 * noise**2)  # E (x - z)² / (2 noise²)
+    scale = math.log(noise * math.sqrt(2 * math.pi))
+    error = (2 * drawn[:, 0]).exp() / (2 * noise**2) + scale  # E -log p(x | z)
     kl = kl_divergence(DiagonalGaussian(zero, Format.parse(charged).log_std(r), 1), prior)
     right = kl_divergence(DiagonalGaussian(zero, drawn, 1), prior)
     loss, bound = error + kl, error + right

@@ -75,7 +75,7 @@ class Examples:
     Attributes:
         classes: Names of the classes, if the model is conditioned on them alone.
         columns: Names of the elements of a vector.
-        flat: Whether examples are points of a plane, two numbers each.
+        flat: Whether examples are points of a plane, two numbers each, none of them missing.
     """
 
     def __init__(self, model: Model, data: datasets.Dataset, loading: str, seed: int):
@@ -90,7 +90,7 @@ class Examples:
         named = self.spec.columns or [f"x{i}" for i in range(self.spec.dims * vector)]
         self.columns = list(named)
         typed = self.spec.schema.columns if self.spec.schema else ()
-        self.flat = self.spec.shape == (2,) and not any(c.has_levels for c in typed)
+        self.flat = self.spec.shape == (2,) and not any(c.has_levels or c.missing for c in typed)
 
     def __getitem__(self, of: Choice) -> tuple[Tensor, Context, list[Any]]:
         """An example (1, *event), its context, and the lines that make them.
@@ -174,9 +174,7 @@ class Examples:
             return shown(pixels(x, levels=2 ** (self.spec.bits or 8)))
         values = x.numpy(force=True)
         if self.spec.schema is not None:
-            table = datasets.decode(values, self.spec.schema).to_pydict()
-            columns = [["" if v is None else str(v) for v in column] for column in table.values()]
-            rows = [list(row) for row in zip(*columns[:COLUMNS], strict=True)]
+            rows = [row[:COLUMNS] for row in self.cells(x)]
         else:
             rows = [[f"{v:.4g}" for v in row] for row in values[:, :COLUMNS].tolist()]
         points = {"points": values.tolist()} if self.flat else {}
@@ -186,6 +184,14 @@ class Examples:
             "columns": len(self.columns),
             **points,
         }
+
+    def cells(self, x: Tensor) -> list[list[str]]:
+        """Rows as texts, which `row` reads as the same numbers."""
+        values = x.numpy(force=True)
+        if self.spec.schema is None:
+            return [[str(v) for v in row] for row in values]
+        columns = datasets.decode(values, self.spec.schema).to_pydict().values()
+        return [["" if v is None else str(v) for v in row] for row in zip(*columns, strict=True)]
 
     # --- uploads ---------------------------------------------------------------------------------
 
@@ -239,6 +245,7 @@ class Examples:
         key = hashlib.sha256(content).hexdigest()[:12]
         with self.lock:
             self.uploads[key] = x, parts
+            self.uploads.move_to_end(key)
             while len(self.uploads) > UPLOADS:
                 self.uploads.popitem(last=False)
         return {"upload": key}

@@ -114,15 +114,12 @@ class Explorer:
         data, spec = self.examples.data, self.examples.spec
         return {
             "architecture": self.model.config.get("architecture", type(self.model).__name__),
-            "file": str(self.path or ""),
             "data": data.name,
             "examples": len(data),
             "shape": list(spec.shape),
             "columns": self.examples.columns,
-            "labels": list(data.label_names) if data.labels is not None else [],
             "labeled": data.labels is not None,
             "classes": self.examples.classes,
-            "shapes": [list(shape) for shape in self.shapes],
             "dims": sum(map(math.prod, self.shapes)),
             "moments": self.moments.__name__ if self.moments else "",
             "conditionals": self.columns.how,
@@ -163,9 +160,8 @@ class Explorer:
             "reconstruction": shown(again),
             "follows": shown(follows),
             "draws": shown(pictures),
-            **self._figures(nats),
+            **self._figures(x, nats),
             "cost": float(cost.sum()),
-            "rest": float(cost.sum() - cost[order].sum()),
             "latents": [
                 {
                     "place": i,
@@ -194,14 +190,16 @@ class Explorer:
         return {
             **self.examples.about(of),
             "input": self.examples.shown(x),
-            **self._figures(nats),
+            **self._figures(x, nats),
             "latents": [],
             "python": lines(*begin, "nats = -model.elbo(x, context)"),
         }
 
-    def _figures(self, nats: float) -> dict[str, Any]:
+    def _figures(self, x: Tensor, nats: float) -> dict[str, Any]:
+        """What an example costs; and its cells, with all their digits, if it is a row."""
         bits = bits_per_dim(nats, self.examples.spec.dims)
-        return {"nats": nats, "bits_per_dim": bits, "bound": bound(self.model)}
+        cells = self.examples.cells(x)[0] if x.ndim == 2 else []
+        return {"nats": nats, "bits_per_dim": bits, "bound": bound(self.model), "cells": cells}
 
     def conditionals(self, of: Choice) -> dict[str, Any]:
         """How probable each value of a row is, given the others."""
@@ -250,6 +248,7 @@ class Explorer:
             raise ValueError(f"start: expected 'example' or 'prior'; got {start!r}")
         given = self.places.changes(changes)
         place = None if along is None else self.places.place(along)
+        steps = self._moves(moves)  # which waits for the survey, and that for the model
         answer: dict[str, Any] = {}
         with self._using():
             x, context, parts = self.examples[of]
@@ -259,11 +258,10 @@ class Explorer:
             else:
                 z = answers.from_prior(self.model, self.shapes)
                 parts.append((answers.from_prior, {"shapes": self.shapes}))
-            if moves:
-                given_moves = self._moves(moves)
+            if steps:
                 parts[1:1] = self._directions()
-                z = answers.moved(z, self.survey.steps, given_moves)
-                parts.append((answers.moved, {"moves": given_moves}))
+                z = answers.moved(z, self.survey.steps, steps)
+                parts.append((answers.moved, {"moves": steps}))
             y = answers.decoded(self.model, z, context, given)
             parts.append((answers.decoded, {"changes": given}))
             if place is not None:
@@ -328,7 +326,8 @@ class Explorer:
         known = found.drawn is not None
         rows = found.rows if known else found.rows[:0]
         xy = found.known().double().cpu().numpy().round(4) if known else np.empty((0, 2))
-        scores = survey.scores[np.searchsorted(survey.rows, rows)]
+        at = np.searchsorted(survey.rows, rows)
+        scores = np.where(survey.rows[at] == rows, survey.scores[at], np.nan)
         note = "UMAP is being computed \u2026"
         if known:
             note = (
@@ -532,8 +531,12 @@ class Explorer:
     def _axes(self, text: str) -> tuple[int, int] | None:
         """The elements that are the axes of the map; None: principal components."""
         self._latents()
-        if len(self.survey.wait().points[0]) < 2:
-            raise ValueError("axes: the model has a single latent number, so there is no plane")
+        examples, dims = self.survey.wait().points.shape
+        if min(examples, dims) < 2:
+            raise ValueError(
+                "axes: a plane needs two examples and two latent numbers; there are "
+                f"{examples} and {dims}"
+            )
         if text == "components":
             return None
         try:

@@ -53,7 +53,7 @@ class Ranking:
         p = answers.compared(scores, known) if apart else answers.among(scores)
         n = len(known) if apart else len(known) - 1
         order = np.argsort(-scores, kind="stable")
-        answer |= {"n": n, "smallest": anomaly.smallest_rate(n), "rate": rate}
+        answer |= {"n": n, "rate": rate}
         try:
             low, high = anomaly.rate_interval(n, rate)
             limit = anomaly.threshold(known, rate) if apart else _least(scores[p <= rate])

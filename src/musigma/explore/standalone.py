@@ -112,6 +112,8 @@ def _faults(explorer: Explorer) -> Iterator[str]:
         yield "its parameters are not float32, in which browsers compute (model.float())"
     if spec.schema is not None:
         yield "its columns have types, which only Python reads"
+    if len(explorer.examples.data) < 2:
+        yield "its map needs two examples or more"
     if any(len(variable.shape) == 2 for variable in spec.context):
         yield "it is conditioned on sequences"
 
@@ -177,7 +179,6 @@ def _answers(explorer: Explorer, functions: list[Function]) -> dict[str, Any]:
     survey, examples = explorer.survey, explorer.examples
     spec, data = examples.spec, examples.data
     about = explorer.about() | {
-        "file": "",
         "data": PurePath(data.name).name,
         "umap": False,
         "views": VIEWS,
@@ -193,7 +194,11 @@ def _answers(explorer: Explorer, functions: list[Function]) -> dict[str, Any]:
         "about": about,
         "order": explorer.order(),
         "plane": explorer.plane(Choice()) if examples.flat else None,
-        "map": {"places": survey.places.T.tolist(), "colors": colors},
+        "map": {
+            "rows": survey.rows.tolist(),
+            "places": survey.places.T.tolist(),
+            "colors": colors,
+        },
         "top": survey.top,
         "names": [explorer.places.name(i) for i in range(about["dims"])],
         "middle": survey.plane[0].tolist(),
@@ -230,16 +235,25 @@ def _bytes(t: Tensor) -> bytes:
 
 
 def _index(text: str, explorer: Explorer) -> str:
-    """The page, with a policy that keeps it from other hosts, and what the folder holds."""
+    """The page, with a policy that keeps it from other hosts, and what the folder holds.
+
+    A browser runs no modules of a page that was opened as a file, so until they run it says that.
+    """
     count = len(explorer.examples.data)
     note = (
         f'  <p class="quiet">This page is complete: the model and {count:,} examples of the data '
         "are files beside it, which whoever opens it can read.</p>\n"
     )
     policy = f'  <meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-    head, end = "<meta charset", "  <footer>\n"
-    assert (text.count(head), text.count(end)) == (1, 1)
-    return text.replace(f"  {head}", f"{policy}  {head}").replace(end, f"{note}{end}")
+    help_ = (
+        "<p>This page is loading. If it stays like this, it was opened as a file: serve its "
+        "folder (python -m http.server), and open the address.</p>"
+    )
+    added = {"  <meta charset": policy, "</main>": help_, "  <footer>\n": note}
+    assert all(text.count(before) == 1 for before in added)
+    for before, new in added.items():
+        text = text.replace(before, f"{new}{before}")
+    return text
 
 
 # --- ONNX Runtime Web ----------------------------------------------------------------------------

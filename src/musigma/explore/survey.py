@@ -273,10 +273,9 @@ class Survey:
 
     def _order(self, moments: Moments) -> None:
         """The latents of a sample, and which of their elements matter."""
-        x, context = next(iter(self._in_turn(self.data.subset(self.sample[:1]))))
-        dims = sum(t[0].numel() for t in self.model.encode(x, context, mode=True))
+        dims = self._centers(self.sample[:1]).shape[1]
         self.sample = spread(len(self.data), max(2, min(SAMPLE, MEMORY // dims)))
-        self.points = answers.centers(self.model, self._in_turn(self.data.subset(self.sample)))
+        self.points = self._centers(self.sample)
         costs = []
         some = self.sample[:: max(1, len(self.sample) // 128)]
         for x, context in self._in_turn(self.data.subset(some)):
@@ -291,11 +290,10 @@ class Survey:
         unit = torch.zeros(len(self.top), self.points.shape[1]).to(self.points)
         unit[range(len(self.top)), self.top] = 1
         self.directions = torch.cat([self.plane[1], unit])
+        self.places = np.zeros((len(self.rows), len(self.directions)), np.float32)
 
     def _map(self) -> None:
         """The place and the score of every example of the map."""
-        if self.moments is not None:
-            self.places = np.zeros((len(self.rows), len(self.directions)), np.float32)
         for x, context in self._in_turn(self.data.subset(self.rows), self.at_once):
             part = slice(self.done, self.done + len(x))
             if self.moments is not None:

@@ -197,7 +197,6 @@ async function one(known, { seed = 0, temperature = 1, set = "", ...of }) {
     bits_per_dim: nats / (product(known.about.shape) * Math.LN2),
     bound: known.bound,
     cost: sum([...cost]),
-    rest: sum([...cost]) - sum(order.map((i) => cost[i])),
     latents: order.map((i) => ({
       place: i, name: known.names[i], mean: mean[i], std: std[i], cost: cost[i],
       draws: drawn.map((z) => z[i]),
@@ -260,11 +259,12 @@ function map(known, { axes = "components", color = "score", first = 0 }) {
   const pair = axes === "components" ? [0, 1]
     : axes.split(",").map((place) => 2 + known.top.indexOf(Number(place)));
   const [values, names] = known.map.colors[color];
-  const total = known.about.examples;
+  const { rows } = known.map;
+  const total = rows.length;
   const [x, y] = pair.map((k) => known.map.places[k].slice(first));
   return {
     first, done: total, total, error: "", x, y, names, colored: color,
-    index: Array.from({ length: total - first }, (_, i) => i + first),
+    index: rows.slice(first),
     color: values.slice(first),
     axes: axes === "components" ? ["component 1", "component 2"]
       : axes.split(",").map((place) => known.names[place]),

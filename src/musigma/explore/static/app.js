@@ -25,7 +25,8 @@ class Page {
     this.about = about;
     this.name = null;
     this.view = null;
-    this.errors = 0; // how many there were
+    this.visit = 0; // number of views that were shown
+    this.errors = new Map(); // messages by the question that failed
     this.drop = null; // takes a file that is dropped on the page, if the view can
     this.plane = null; // for data of two dimensions, once it is known
   }
@@ -47,43 +48,41 @@ class Page {
     const kept = Object.entries(state).filter(([, value]) => value !== null && value !== "");
     const text = new URLSearchParams(kept).toString().replaceAll("%2C", ",").replaceAll("%3A", ":");
     history.replaceState(null, "", `#${this.name}${text ? `?${text}` : ""}`);
+    this.fail("post", null);
     this.view.update(this.state);
   }
 
-  /** Ask the server; the newest answer of its kind goes to `then`. */
+  /** Ask the server; the newest answer of its kind goes to `then`, unless the view was left. */
   ask(name, parameters, then) {
-    const { name: asked, errors } = this;
-    latest(name, parameters, (answer) => {
-      if (this.name !== asked) return;
-      this.succeed(errors);
+    const { visit } = this;
+    const here = (act) => (result) => { if (this.visit === visit) act(result); };
+    latest(name, parameters, here((answer) => {
+      this.fail(name, null);
       this.notice(answer.notice);
       then(answer);
-    }, (error) => this.fail(error));
+    }), here((error) => this.fail(name, error)));
   }
 
-  /** Post a file or text; returns the answer, or null if there was an error. */
+  /** Post a file or text, which becomes the input of the view. */
   async post(name, parameters, body) {
-    const { errors } = this;
+    const { visit } = this;
+    let [answer, fault] = [null, null];
     try {
-      const answer = await ask(name, parameters, body);
-      this.succeed(errors);
-      return answer;
+      answer = await ask(name, parameters, body);
     } catch (error) {
-      this.fail(error);
-      return null;
+      fault = error;
     }
+    if (this.visit !== visit) return;
+    this.fail("post", fault);
+    if (answer) this.set({ upload: answer.upload });
   }
 
-  /** Hide the error, unless it is newer than the question: then another one failed meanwhile. */
-  succeed(errors) {
-    if (errors === this.errors) this.fail(null);
-  }
-
-  /** Show an error, or none. */
-  fail(error) {
-    if (error !== null) this.errors += 1;
-    part("error").hidden = error === null;
-    part("error").textContent = error === null ? "" : error.message;
+  /** Show the error of a question until it is answered; null forgets it. */
+  fail(name, error) {
+    if (error) this.errors.set(name, error.message);
+    else this.errors.delete(name);
+    part("error").hidden = !this.errors.size;
+    part("error").textContent = [...new Set(this.errors.values())].join("\n");
   }
 
   notice(text) {
@@ -103,10 +102,12 @@ class Page {
     if (name !== this.name) {
       this.view?.leave?.();
       this.name = name;
+      this.visit++;
       this.drop = null;
       root.replaceChildren();
       this.python("");
-      this.fail(null);
+      this.errors.clear();
+      this.fail("", null);
       this.view = views[name].mount(root, this);
       for (const link of part("views").children) {
         if (link.dataset.view === name) link.setAttribute("aria-current", "page");
@@ -118,14 +119,14 @@ class Page {
 }
 
 async function copy(text, button) {
-  const before = button.textContent;
+  button.dataset.text ??= button.textContent;
   try {
     await navigator.clipboard.writeText(text);
     button.textContent = "Copied";
   } catch { // without permission, or not over https
     button.textContent = "Not allowed here";
   }
-  setTimeout(() => { button.textContent = before; }, 1500);
+  setTimeout(() => { button.textContent = button.dataset.text; }, 1500);
 }
 
 async function start() {

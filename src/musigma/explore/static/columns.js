@@ -21,25 +21,21 @@ const percent = (share) => {
   return `${Number(text) < 0.01 ? "under 0.01" : Number(text)} %`;
 };
 
-/** The cards of the columns; `root` is filled by `show`. */
-export function conditionals() {
+/** The cards of the columns; `root` is filled by `show`, and `unfold` shows all of them, or few. */
+export function conditionals(unfold) {
   const list = h("div", { class: "columns-list" });
   const text = h("p", { class: "quiet" });
   const more = h("p", {});
   const root = h("section", { hidden: true }, h("h3", {}, "Each column given the others"), text,
     list, more);
-  let all = false;
 
-  function show(answer) {
+  function show(answer, all) {
     root.hidden = false;
     text.textContent = EXPLAINED[answer.how];
     const shown = all ? answer.columns : answer.columns.slice(0, FEW);
     list.replaceChildren(...shown.map(card));
     more.replaceChildren(answer.columns.length > FEW
-      ? button(all ? "Show fewer" : `Show ${answer.columns.length} columns`, () => {
-        all = !all;
-        show(answer);
-      }) : "");
+      ? button(all ? "Show fewer" : `Show ${answer.columns.length} columns`, () => unfold(!all)) : "");
   }
   return { root, show };
 }

@@ -47,9 +47,10 @@ function table(set, captions) {
     ? set.names.map((name, j) => [name, ...set.rows.map((row) => row[j])])
     : set.rows.map((row, i) => [captions[i] ?? "", ...row]);
   return h("div", { class: "scroll" }, h("table", {},
-    h("thead", {}, h("tr", {}, h("th", {}, ""), heads.map((name) => h("th", {}, name)))),
+    h("thead", {}, h("tr", {}, h("td", {}, ""),
+      heads.map((name) => h("th", { scope: "col" }, name)))),
     h("tbody", {}, lines.map(([name, ...cells]) =>
-      h("tr", {}, h("th", {}, name), cells.map((cell) => h("td", {}, cell)))))), more);
+      h("tr", {}, h("th", { scope: "row" }, name), cells.map((cell) => h("td", {}, cell)))))), more);
 }
 
 /** The end of the axis of a latent, in standard deviations of the prior. */
@@ -189,6 +190,15 @@ export const twelve = ["#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#
 export const ofClass = (i) => twelve[((i % 12) + 12) % 12];
 export const ofScore = (t) =>
   `hsl(${Math.round(230 - 200 * t)} ${60 + Math.round(20 * t)}% ${42 + Math.round(14 * t)}%)`;
+
+/** A square of a color. */
+export function swatch(shade) {
+  const element = h("canvas", { class: "swatch", "aria-hidden": "true", width: 12, height: 12 });
+  const context = element.getContext("2d");
+  context.fillStyle = shade;
+  context.fillRect(0, 0, 12, 12);
+  return element;
+}
 
 /** The three parts of a color of the style sheet, or of any other, from 0 to 255. */
 export function parts(ink) {

@@ -40,23 +40,20 @@ export function exampleControls(page) {
     if (select) select.value = state.label ?? "";
     const words = [answer.id, answer.label && `label ${answer.label}`].filter(Boolean);
     name.textContent = state.upload ? "your own" : words.join(", ");
-    row?.show(answer.input);
+    if (answer.cells) row?.show(answer.cells);
   }
   return { root, show };
 }
 
 function upload(page) {
-  const take = async (chosen_) => {
-    const answer = await page.post("upload", { name: chosen_.name }, chosen_);
-    if (answer) page.set({ upload: answer.upload });
-  };
+  const take = (chosen_) => page.post("upload", { name: chosen_.name }, chosen_);
   page.drop = take;
   const file = h("input", {
     type: "file", accept: "image/*", class: "sr", "aria-label": "Upload an image",
-    onchange: async () => {
+    onchange: () => {
       const [chosen_] = file.files;
       file.value = ""; // so that the same file can be chosen again
-      if (chosen_) await take(chosen_);
+      if (chosen_) take(chosen_);
     },
   });
   return h("label", { class: "button", title: "Or drop one on the page" }, "Upload an image", file);
@@ -65,24 +62,22 @@ function upload(page) {
 /** A form for a row of numbers or cells. */
 function typed(page) {
   const inputs = page.about.columns.map((name) => h("input", { type: "text", "aria-label": name }));
-  const use = async (event) => {
+  const use = (event) => {
     event.preventDefault();
-    const cells = JSON.stringify(inputs.map((input) => input.value));
-    const answer = await page.post("row", {}, cells);
-    if (answer) page.set({ upload: answer.upload });
+    page.post("row", {}, JSON.stringify(inputs.map((input) => input.value)));
   };
   const root = h("details", {}, h("summary", {}, "Type a row"),
     h("form", { class: "cells", onsubmit: use },
       inputs.map((input, i) => field(page.about.columns[i], input)),
       h("button", { type: "submit" }, "Use this row")));
   let filled = false;
-  const show = (set) => {
+  const show = (cells) => {
     const typing = root.contains(document.activeElement);
     if (typing && filled) return;
     inputs.forEach((input, i) => {
-      if (!typing || input.value === "") input.value = set.rows[0][i] ?? "";
+      if (!typing || input.value === "") input.value = cells[i];
     });
-    filled = set.rows[0].length > 0;
+    filled = true;
   };
   return { root, show };
 }

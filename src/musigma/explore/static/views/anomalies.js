@@ -32,8 +32,9 @@ export function mount(root, page) {
 
   function show(answer, state) {
     const total = answer.done.toLocaleString("en");
-    const known = answer.done === answer.total && answer.rows.length;
-    line.textContent = answer.error || (answer.rows.length
+    const ranked = answer.n !== undefined;
+    const known = ranked && answer.done === answer.total;
+    line.textContent = answer.error || (ranked
       ? `${answer.flagged.toLocaleString("en")} of ${total} examples are flagged`
         + (answer.threshold === null || answer.threshold === undefined ? ""
           : `: scores ${answer.apart ? "above" : "from"} ${number(answer.threshold)} nats`)
@@ -54,16 +55,15 @@ export function mount(root, page) {
       key.textContent = `Blue: these data${answer.apart ? "; gray: normal examples" : ""}`
         + `${answer.threshold ? "; the line is the threshold" : ""}.`;
     }
-    if (answer.rows.length) list.replaceChildren(table(answer, Number(state.first) || 0));
+    list.replaceChildren(answer.rows.length ? table(answer, Number(state.first) || 0) : "");
     page.python(answer.python);
     clearTimeout(timer);
-    const waiting = !known || (answer.apart && !answer.n);
-    if (waiting && !answer.error) timer = setTimeout(() => ask(page.state), 1000);
+    if (!known && !answer.error) timer = setTimeout(() => ask(page.state), 1000);
   }
 
   const ask = (state) => page.ask("anomalies", {
     rate: state.rate ?? "0.01", first: state.first ?? 0, count: COUNT,
-  }, (answer) => show(answer, page.state));
+  }, (answer) => show(answer, state));
   return {
     update(state) {
       rate.value = state.rate ?? "0.01";

@@ -53,7 +53,7 @@ export function mount(root, page) {
       page.ask("levels", {
         ...chosen(state), level: state.level ?? 0, seed: state.seed ?? 0,
         temperature: state.temperature ?? 1,
-      }, (answer) => show(answer, page.state));
+      }, (answer) => show(answer, state));
     },
   };
 }

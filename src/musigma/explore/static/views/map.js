@@ -2,7 +2,7 @@
 
 import { Window, paint, palette } from "../cloud.js";
 import { button, choice, color, field, h, number, sharp } from "../dom.js";
-import { gallery, ofClass, ofScore, twelve } from "../draw.js";
+import { gallery, ofClass, ofScore, swatch, twelve } from "../draw.js";
 
 export const title = "The map";
 export const fits = (about) => about.dims > 1;
@@ -24,11 +24,15 @@ export function mount(root, page) {
   const { about } = page;
   const axes = choice([["components", "principal components"],
     ...(about.umap ? [[UMAP, "UMAP"]] : [])], "components",
-  (value) => restart({ axes: value === "components" ? null : value, at: null, box: null }));
+  (value) => {
+    clearTimeout(saving); // the window is of the other axes
+    saving = null;
+    page.set({ axes: value === "components" ? null : value, at: null, box: null });
+  });
   const own = about.labeled ? "label" : "score";
   const tint = choice([...about.colors.filter((name) => name === "label"), "score",
     ...about.colors.filter((name) => name !== "label")], own,
-  (value) => restart({ color: value === own ? null : value }));
+  (value) => page.set({ color: value === own ? null : value }));
   const middle = () => [view.size.width / 2, view.size.height / 2];
   root.append(
     h("p", { class: "lead" }, about.moments === "values"
@@ -53,7 +57,8 @@ export function mount(root, page) {
   let colors = [];
   let under = null; // the example under the pointer
   let cross = null; // the cross of the keyboard, in pixels
-  let loading = 0;
+  let ready = false; // whether the axes are known
+  let loaded = null; // the axes and the color of the points
   let timer = null;
   let saving = null;
   let frame = null;
@@ -63,20 +68,16 @@ export function mount(root, page) {
     .map((pair) => pair.split(",").map(Number));
   const onAxes = () => page.state.axes ?? "components";
 
-  function restart(changes) {
-    page.set(changes);
-    load();
-  }
-
   /** Fetch the points that are known, and more of them until all are. */
   function load() {
+    const run = { axes: onAxes(), color: page.state.color ?? own };
+    if (loaded?.axes === run.axes && loaded.color === run.color) return;
+    loaded = run;
     clearTimeout(timer);
-    const run = ++loading;
     points = empty();
-    const more = () => page.ask("map", {
-      axes: onAxes(), color: page.state.color ?? own, first: points.xs.length,
-    }, (answer) => {
-      if (run !== loading || answer.first !== points.xs.length) return;
+    under = null; // it is at its place on the other axes
+    const more = () => page.ask("map", { ...run, first: points.xs.length }, (answer) => {
+      if (run !== loaded || answer.first !== points.xs.length) return;
       points.xs.push(...answer.x);
       points.ys.push(...answer.y);
       points.index.push(...answer.index);
@@ -115,14 +116,6 @@ export function mount(root, page) {
     legend.replaceChildren(swatch(ofScore(0)), `${number(low, 1)}${less}`, swatch(ofScore(1)),
       `${number(high, 1)}${more}`);
   }
-
-  const swatch = (shade) => {
-    const element = h("canvas", { class: "swatch", "aria-hidden": "true", width: 12, height: 12 });
-    const context = element.getContext("2d");
-    context.fillStyle = shade;
-    context.fillRect(0, 0, 12, 12);
-    return element;
-  };
 
   /** Show the part of the plane that the state names, by default all. */
   function place(state) {
@@ -224,7 +217,9 @@ export function mount(root, page) {
   function point(at) {
     const i = nearest(at);
     if (i < 0 || under?.index === points.index[i]) return;
-    page.ask("hover", { index: points.index[i], axes: onAxes() }, (answer) => {
+    const run = loaded;
+    page.ask("hover", { index: points.index[i], axes: run.axes }, (answer) => {
+      if (run !== loaded) return;
       under = answer;
       preview.replaceChildren(gallery(answer.input,
         [[`example ${answer.index}`, answer.id, answer.label && `label ${answer.label}`]
@@ -242,11 +237,12 @@ export function mount(root, page) {
   }
 
   function decode() {
-    const at = chosen();
-    const key = JSON.stringify([at, onAxes(), page.state.index]);
+    const [at, index] = [chosen(), page.state.index ?? 0];
+    const key = JSON.stringify([at, onAxes(), index]);
     if (asked === key) return;
     asked = key;
     if (!at.length) {
+      page.fail("at", null);
       decoded.replaceChildren(h("p", { class: "quiet" }, "Click the map."));
       page.python("");
       return;
@@ -255,10 +251,12 @@ export function mount(root, page) {
       [0, 1].map((j) => Number((at[0][j] + (k / (STEPS - 1)) * (at[1][j] - at[0][j])).toFixed(4))));
     page.ask("at", {
       places: line.map((pair) => pair.join(",")).join(";"),
-      axes: onAxes(), index: page.state.index ?? 0,
+      axes: onAxes(), index,
     }, (answer) => {
+      if (asked !== key) return;
       const captions = at.length === 1 ? [at[0].map((v) => number(v)).join(", ")] : [];
-      decoded.replaceChildren(gallery(answer.pictures, captions, at.length === 1 ? 128 : 64));
+      decoded.replaceChildren(gallery(answer.pictures, captions, at.length === 1 ? 128 : 64),
+        about.context ? h("p", { class: "quiet" }, `Given the context of example ${index}.`) : "");
       page.python(answer.python);
     });
   }
@@ -268,6 +266,7 @@ export function mount(root, page) {
   let travel = 0;
   const spot = (event) => [event.offsetX, event.offsetY];
   canvas.addEventListener("pointerdown", (event) => {
+    if (event.button) return; // it opens a menu
     canvas.setPointerCapture(event.pointerId);
     held.set(event.pointerId, spot(event));
     travel = held.size > 1 ? Infinity : 0;
@@ -292,8 +291,7 @@ export function mount(root, page) {
     }
   });
   canvas.addEventListener("pointerup", (event) => {
-    held.delete(event.pointerId);
-    if (travel >= 5) return;
+    if (!held.delete(event.pointerId) || travel >= 5) return;
     cross = null;
     point(spot(event));
     click(spot(event));
@@ -324,25 +322,25 @@ export function mount(root, page) {
     const pairs = top.flatMap((a, i) => top.slice(i + 1).map((b) =>
       [`${a.place},${b.place}`, `${a.name}, ${b.name}`]));
     axes.append(...pairs.map(([value, text]) => h("option", { value }, text)));
-    const wanted = page.state.axes;
-    if (wanted && ![...axes.options].some(({ value }) => value === wanted)) {
-      axes.append(h("option", { value: wanted }, wanted));
-    }
-    axes.value = wanted ?? "components";
-    load();
+    ready = true;
+    update(page.state);
   });
+
+  function update(state) {
+    if (ready) load();
+    axes.value = onAxes();
+    if (ready && !axes.value) axes.append(h("option", { selected: true }, onAxes())); // of a link
+    tint.value = state.color ?? own;
+    place(state);
+    if (points.xs.length) draw();
+    decode();
+  }
+
   return {
-    update(state) {
-      axes.value = onAxes();
-      tint.value = state.color ?? own;
-      place(state);
-      if (points.xs.length) draw();
-      decode();
-    },
+    update,
     leave() {
       clearTimeout(timer);
       clearTimeout(saving);
-      loading++;
     },
   };
 }

@@ -41,11 +41,10 @@ export function mount(root, page) {
   const temperature = slider("Temperature of the draws", 0, 2, 0.05, 1,
     (value) => page.set({ temperature: value === 1 ? null : value }));
   let rows = new Map(); // place -> row of the list
-  let seen = { key: null, dots: new Map() };
-  let all = false;
+  let seen = { key: null }; // draws of one posterior: their `seeds`, and the `dots` of each place
   let shown = "";
 
-  const columns = conditionals();
+  const columns = conditionals((all) => page.set({ columns: all ? "all" : null }));
   const plane = h("section");
   const code = { one: "", columns: "", plane: "" };
   const latent = page.about.dims > 0;
@@ -96,7 +95,7 @@ export function mount(root, page) {
       (value) => change(latent.place, value));
     const off = button("off", () => {
       change(latent.place, parsed(page.state.set).get(latent.place) === 0 ? null : 0);
-    }, { title: "Set it to the mean of the prior", "aria-label": `Ablate ${latent.name}` });
+    }, { title: "Set it to the mean of the prior", "aria-label": `off: ${latent.name}` });
     const release = button("\u00d7", () => change(latent.place, null),
       { title: "Back to the posterior", "aria-label": `Release ${latent.name}` });
     const bar = h("i");
@@ -111,7 +110,7 @@ export function mount(root, page) {
   }
 
   function showLatents(answer, state) {
-    const values = parsed(state.set);
+    const [values, all] = [parsed(state.set), state.latents === "all"];
     const kept = answer.latents.filter((l, i) => all || i < FEW || values.has(l.place));
     const most = Math.max(...answer.latents.map((l) => l.cost), 1e-6);
     const width = innerWidth > 700
@@ -146,13 +145,10 @@ export function mount(root, page) {
     if (order.some((element, i) => list.children[i] !== element)
       || list.children.length !== order.length) list.replaceChildren(...order);
     rows = next;
-    const hidden = page.about.dims - kept.length;
     rest.replaceChildren(`${unit} of all ${page.about.dims}: ${number(answer.cost)} nats. `);
-    if (hidden && answer.latents.length > FEW) {
-      rest.append(button(all ? "Show fewer" : `Show ${answer.latents.length}`, () => {
-        all = !all;
-        showLatents(answer, page.state);
-      }));
+    if (answer.latents.length > FEW) {
+      rest.append(button(all ? "Show fewer" : `Show ${answer.latents.length}`,
+        () => page.set({ latents: all ? null : "all" })));
     }
   }
 
@@ -161,6 +157,7 @@ export function mount(root, page) {
     ["input", "reconstruction", "with your sliders"], 112));
 
   function show(answer, state) {
+    page.fail("decode", null); // this answer is newer
     controls.show(answer, state);
     figures.textContent = `${number(answer.bits_per_dim, 3)} bits per dimension, `
       + `${number(answer.nats)} nats${answer.bound === "exact" ? "" : ", an upper bound"}`;
@@ -173,10 +170,13 @@ export function mount(root, page) {
     showPictures(answer, answer.follows);
     draws.replaceChildren(gallery(answer.draws, [], 60));
     const key = [state.index, state.upload, state.label, state.temperature].join();
-    if (seen.key !== key) seen = { key, dots: new Map() };
-    for (const latent of answer.latents) {
-      const before = seen.dots.get(latent.place) ?? [];
-      seen.dots.set(latent.place, [...latent.draws, ...before].slice(0, 160));
+    if (seen.key !== key) seen = { key, seeds: new Set(), dots: new Map() };
+    if (!seen.seeds.has(state.seed)) {
+      seen.seeds.add(state.seed);
+      for (const latent of answer.latents) {
+        const before = seen.dots.get(latent.place) ?? [];
+        seen.dots.set(latent.place, [...latent.draws, ...before].slice(0, 160));
+      }
     }
     showLatents(answer, state);
     python("one", answer.python);
@@ -185,14 +185,14 @@ export function mount(root, page) {
   }
 
   let last = null;
-  let asked = null; // the example whose columns are shown
+  let asked = null; // the example whose columns are shown, and how many
   function askColumns(state) {
     const parameters = chosen(state);
-    const key = JSON.stringify(parameters);
+    const key = JSON.stringify([parameters, state.columns]);
     if (!page.about.conditionals || asked === key) return;
     asked = key;
     page.ask("columns", parameters, (answer) => {
-      columns.show(answer);
+      columns.show(answer, state.columns === "all");
       python("columns", answer.python);
     });
   }
@@ -216,7 +216,10 @@ export function mount(root, page) {
       }
       showLatents(last, state); // only sliders moved
       const { seed, temperature: warm, ...less } = parameters;
-      page.ask("decode", less, (answer) => showPictures(last, answer.picture));
+      const before = shown;
+      page.ask("decode", less, (answer) => {
+        if (shown === before) showPictures(last, answer.picture); // not beside another example
+      });
       this.timer = setTimeout(ask, 250);
     },
     leave() {

@@ -29,8 +29,8 @@ export function mount(root, page) {
     curves(plot, [
       { points: answer.train, ink: "blue", name: "training batches" },
       { points: answer.validation, ink: "accent", name: "validation", dots: true },
-    ], { limits: late([...answer.train, ...answer.validation]), width: plot.parentElement.clientWidth, height: 320, xName: "step",
-      yName: "bits per dimension" });
+    ], { limits: late([...answer.train, ...answer.validation]), height: 320,
+      width: plot.parentElement.clientWidth, xName: "step", yName: "bits per dimension" });
     const most = Math.max(...answer.kl, 1e-6);
     latents.replaceChildren(...answer.kl.slice(0, 24).map((nats, i) => {
       const bar = h("i");
@@ -45,7 +45,7 @@ export function mount(root, page) {
       h("li", {}, kind ? `step ${step.toLocaleString("en")}: ${text}` : text)));
     page.python(answer.python);
     clearTimeout(timer);
-    if (answer.state === "running" || answer.state === "waiting") timer = setTimeout(ask, EVERY);
+    if (answer.state !== "finished") timer = setTimeout(ask, EVERY);
   }
 
   const ask = () => page.ask("training", {}, show);

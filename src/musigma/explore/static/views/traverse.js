@@ -16,20 +16,21 @@ export function mount(root, page) {
   const list = h("div", { class: "sliders" });
   const about = h("p", { class: "quiet" }, "Measuring which latents matter \u2026");
   const directions = h("div", { class: "sliders" });
-  const past = []; // earlier values of `set` and `move`
+  const past = []; // earlier values of `start`, `set` and `move`
   let before = null; // those when a slider began to move
   let lines = [];
   let moves = [];
   let timer = null;
 
   const start = choice([["prior", "center of the prior"], ["example", "this example"]], "prior",
-    (value) => page.set({ start: value === "prior" ? null : value, set: null, move: null }));
+    (value) => jump({ start: value === "prior" ? null : value, set: null }));
   const undo = button("Undo", () => page.set(past.pop() ?? {}));
-  const now = () => ({ set: page.state.set ?? null, move: page.state.move ?? null });
-  /** Change the sliders in one step, which can be undone. */
-  const jump = (set) => {
+  const now = () => Object.fromEntries(["start", "set", "move"].map((key) =>
+    [key, page.state[key] ?? null]));
+  /** Change several things in one step, which can be undone. */
+  const jump = (changes) => {
     past.push(now());
-    page.set({ set, move: null });
+    page.set({ move: null, ...changes });
   };
   /** A slider of an entry of `set` or `move`; one pull of it is undone at once. */
   const entry = (key, place, label, more = {}) => slider(label, -4, 4, 0.02, 0, (v) => {
@@ -46,9 +47,9 @@ export function mount(root, page) {
     h("p", { class: "lead" }, "Each slider is one latent, in standard deviations of its prior; the "
       + "decoder follows. The first ones carry most information about the data."),
     h("div", { class: "controls" }, field("start from", start), undo,
-      button("Reset", () => jump(null)),
-      button("Random", () => jump(written(lines.map(({ place }) =>
-        [place, Math.round(100 * normal()) / 100]))))),
+      button("Reset", () => jump({ set: null })),
+      button("Random", () => jump({ set: written(lines.map(({ place }) =>
+        [place, Math.round(100 * normal()) / 100])) }))),
     controls.root,
     h("div", { class: "columns" }, h("section", { class: "side" }, big),
       h("section", {}, list, about, directions)),
@@ -117,8 +118,8 @@ export function mount(root, page) {
   return {
     update(state) {
       start.value = state.start ?? "prior";
-      controls.root.hidden = start.value === "prior" && !page.about.classes.length;
-      controls.show({ input: { rows: [[]] } }, state);
+      controls.root.hidden = start.value === "prior" && !page.about.context;
+      controls.show({}, state);
       undo.disabled = !past.length;
       if (lines.length) ask(state);
     },
