@@ -257,6 +257,7 @@ class Visit:
     def plane(self):
         self.page.wait_for_selector("text=1,000 draws of the model")
         self.page.wait_for_selector("canvas.plane")
+        self.until("document.querySelectorAll('.cells input')[1].value === '-0.85792637'")
         self.rows()
 
     def traverse(self):
@@ -382,6 +383,129 @@ def test_answers_to_older_questions_leave_an_error(sites, browser, files):
     page.locator(".index").fill("4")
     page.locator(".index").press("Enter")
     page.wait_for_selector("#error", state="hidden")
+    page.close()
+    assert visit.faults == []
+
+
+class Held:
+    """The first question of a kind, which is answered later."""
+
+    def __init__(self, page, name, act):
+        self.page, self.pattern, self.first = page, f"**/api/{name}?*", None
+        page.route(self.pattern, self.hold)
+        with page.expect_request(self.pattern):
+            act()
+
+    def hold(self, route):
+        if self.first is None:
+            self.first = route
+        else:
+            route.continue_()
+
+    def answer(self, **other):
+        """Let the server answer, or answer something else."""
+        with self.page.expect_response(self.pattern):
+            self.first.fulfill(**other) if other else self.first.continue_()
+        self.page.wait_for_timeout(50)
+
+
+def test_late_answers_change_nothing(sites, browser, files):
+    visit = Visit(browser, sites["image"], files)
+    page = visit.page
+    visit.open("map")
+    visit.until(MAPPED)
+    there = {"position": {"x": 100, "y": 100}}
+    held = Held(page, "at", lambda: page.locator("canvas.map").click(**there))
+    page.click("text=Clear")
+    page.wait_for_selector("text=Click the map.")
+    held.answer()
+    assert page.is_visible("text=Click the map.")
+
+    visit.open("one")
+    page.wait_for_selector(".latent")
+    visit.settled()
+    held = Held(page, "decode", lambda: page.locator(".latent input").first.press("ArrowRight"))
+    page.click("text=→")
+    visit.settled()
+    picture = "document.querySelectorAll('.pictures canvas')[2].toDataURL()"
+    before = page.evaluate(picture)
+    held.answer()
+    assert page.evaluate(picture) == before  # it is not the one of the example before
+
+    held = Held(page, "anomalies", lambda: visit.open("anomalies"))
+    visit.open("head")
+    visit.refused = True
+    held.answer(status=400, json={"message": "late"})
+    assert not page.is_visible("#error")
+    page.close()
+    assert visit.faults == []
+
+
+def test_a_link_that_is_opened_in_the_page_shows_its_map(sites, browser, files):
+    visit = Visit(browser, sites["image"], files)
+    page = visit.page
+    visit.open("map")
+    visit.until(MAPPED)
+    axes = page.locator("main select").first
+    pair = axes.locator("option").nth(3).get_attribute("value")
+    with page.expect_response(lambda response: "api/map" in response.url) as asked:
+        page.evaluate("pair => { location.hash = `map?axes=${pair}&color=score`; }", pair)
+    assert f"axes={pair.replace(',', '%2C')}&color=score" in asked.value.url
+    page.wait_for_selector("text=unlikely")
+    assert axes.input_value() == pair
+    page.close()
+    assert visit.faults == []
+
+
+@pytest.mark.slow
+def test_latents_that_are_unfolded_can_be_folded(sites, browser, files):
+    visit = Visit(browser, sites["image"], files)
+    page = visit.page
+
+    def few(route):  # as many as are listed
+        response = route.fetch()
+        route.fulfill(response=response, json={**response.json(), "dims": 48})
+
+    page.route("**/api/about?*", few)
+    visit.open("one")
+    page.click("text=Show 48")
+    page.wait_for_selector("text=Show fewer")
+    assert page.locator(".latent").count() == 48
+    visit.settled()
+    visit.check_link()
+    page.click("text=Show fewer")
+    visit.until("document.querySelectorAll('.latent').length === 10")
+    page.close()
+    assert visit.faults == []
+
+
+@pytest.mark.slow
+def test_examples_beyond_the_last_one_are_an_empty_list(sites, browser, files):
+    visit = Visit(browser, sites["image"], files)
+    visit.page.goto(f"{visit.url}#anomalies?first=999")
+    visit.page.wait_for_selector("text=of 60 examples are flagged")
+    visit.page.close()
+    assert visit.faults == []
+
+
+@pytest.mark.slow
+def test_a_run_that_is_silent_is_asked_again(sites, browser, files):
+    visit, answers = Visit(browser, sites["image"], files), []
+    page = visit.page
+
+    def answer(route):
+        response = route.fetch()
+        answers.append({**response.json(), **({} if answers else {"state": "silent"})})
+        route.fulfill(response=response, json=answers[-1])
+
+    page.route("**/api/training?*", answer)
+    visit.open("training")
+    page.wait_for_selector("text=silent, 100 %")
+    page.wait_for_selector("text=finished, 100 %")
+    for _ in range(2):  # which has two words for a moment, and then its own again
+        page.click("#link")
+    page.wait_for_timeout(3500)
+    assert page.inner_text("#link") == "Copy link"
     page.close()
     assert visit.faults == []
 

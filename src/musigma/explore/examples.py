@@ -186,10 +186,10 @@ class Examples:
         }
 
     def cells(self, x: Tensor) -> list[list[str]]:
-        """Rows as texts, which `row` reads as the same numbers."""
+        """Rows as texts, which `row` reads as the same numbers, in the precision of the data."""
         values = x.numpy(force=True)
         if self.spec.schema is None:
-            return [[str(v) for v in row] for row in values]
+            return [[str(v) for v in row] for row in values.astype(self.data.array.dtype)]
         columns = datasets.decode(values, self.spec.schema).to_pydict().values()
         return [["" if v is None else str(v) for v in row] for row in zip(*columns, strict=True)]
 
