@@ -158,7 +158,8 @@ def _check_laws(model: Model, x: Tensor, context: Context, when: str) -> Iterato
     yield from faults
     if faults:
         return
-    yield Passed(f"{len(inputs)} layers, and infer and generate of the model, {when}")
+    layers = f"{len(inputs)} layers, and " if inputs else ""
+    yield Passed(f"{layers}the model in both directions, {when}")
     for site in up.paired:
         yield from _check_kl(names[site], up.qs[site], up.ps[site], when)
 
