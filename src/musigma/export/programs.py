@@ -170,7 +170,7 @@ def _reason(error: BaseException, model: Model) -> str:
     where = next((w for e in reversed(causes) if (w := _where(e.__traceback__, model))), "")
     text = " ".join(str(e) for e in causes)
     if any(isinstance(e, GuardOnDataDependentSymNode) for e in causes) or "data-dependent" in text:
-        return f"{where}decides by the values of the data how many steps to take, or which"
+        return f"{where}takes steps that depend on the values of the data"
     first = next((line for line in str(causes[-1]).splitlines() if line.strip()), "")
     return f"{where}PyTorch cannot trace it ({type(causes[-1]).__name__}: {first[:160]})"
 
