@@ -244,6 +244,11 @@ def refuses_what_no_draw_is():
     return forgetful(refused)
 
 
+@entry("correct", convention="log_var")
+def compares_no_number_of_a_draw():
+    return forgetful(lambda z: (z[:0] > 1).any())
+
+
 @entry("incomplete|warning|bug")
 def forgets_the_kl_now_and_then():
     encode, decode, x = Encoder(), decoder(), data()

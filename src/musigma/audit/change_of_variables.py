@@ -65,6 +65,7 @@ class Map:
         rows: The number of examples, if the map takes them one by one; else one.
         parameters: Whether those of the map are moved.
         beside: What x adds to the loss besides its log-determinant, while v is held.
+        noise: The draws by which a trace is estimated.
     """
 
     graph: Graph
@@ -75,6 +76,7 @@ class Map:
     rows: int
     parameters: bool
     beside: Callable[[Tensor], Tensor] | None
+    noise: list[int]
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -164,10 +166,17 @@ class Change(Map):
     def factor(self) -> float | None:
         """What the log-determinant is multiplied with in the loss; None if it is not in it."""
         factor, error = self.fit
-        if error <= ROUNDING:
+        if error <= ROUNDING or self.is_estimate:
             return factor
-        near = self._limit() if self.is_gaussian else None
-        return near or (factor if error <= EXACT and self._is_so_far_away(factor) else None)
+        if self.is_gaussian and self._limit is not None:
+            return self._limit
+        return factor if error <= EXACT and self._is_so_far_away(factor) else None
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether it is nearly in the loss, by a series that ends after a random term, say."""
+        near = ROUNDING < self.fit[1] <= EXACT
+        return near and bool(self.noise) and self.is_gaussian and self._limit is None
 
     def _is_so_far_away(self, factor: float) -> bool:
         """Whether an error that is small, but not of rounding, is as small far away."""
@@ -241,6 +250,7 @@ class Change(Map):
         found = [self.in_v(over)[:2] for over in ({}, {self.x: x})]
         return all(torch.allclose(a, b) for a, b in zip(*found, strict=True))
 
+    @cached_property
     def _limit(self) -> float | None:
         """The factor near the identity, of the solver of a differential equation.
 
@@ -292,7 +302,7 @@ def measure(
         return None
     held = {**held, **_batch_statistics(graph, above & graph.downstream([x]), rows)}
     held |= _penalties(graph, loss)
-    found = Map(graph, loss, x, output, held, rows, parameters, beside)
+    found = Map(graph, loss, x, output, held, rows, parameters, beside, noise)
     try:
         curvature, _, quadratic = found.in_v({})
         if not bool(curvature.abs().max() > 0):

@@ -334,6 +334,8 @@ def _turned(graph: Graph, read: int, node: Node, draws: list[int]) -> dict[int, 
             sides = graph.run(given(leaf), node.ins)
             left, right = (sides[a.id] if isinstance(a, Ref) else a for a in node.flat[:2])
             margin = (left - right).reshape(-1)
+        if not margin.numel():
+            return None
         moves = list[Tensor]()
         for i in margin.abs().argsort()[:3]:  # those that are nearest to zero
             (slope,) = torch.autograd.grad(margin[i], leaf, retain_graph=True)

@@ -443,12 +443,13 @@ def penalized_heads(graph: Graph, loss: int, latents: list[Latent]) -> list[int]
     exponential, say, in the KL of a latent whose noise was forgotten.
     """
     own = own_values(latents)
+    after = graph.downstream(own)
     found = terms(graph, loss, own)
     alone: dict[int, list[int]] = {}
     for t in found:
         heads = frontier(graph, [t], own)
         beside = graph.upstream([t], stop=heads) - set(heads)
-        if not own.intersection(heads) and all(graph[i].kind != "data" for i in beside):
+        if not after.intersection(heads) and all(graph[i].kind != "data" for i in beside):
             alone[t] = [] if any(graph[i].draws for i in beside) else heads
     outputs = {i: n for heads in alone.values() for i in heads if (n := graph[i].node)}
     reached = {
