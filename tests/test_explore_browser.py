@@ -308,6 +308,8 @@ class Visit:
         self.page.locator("text=Redraw this level").last.click()
         self.page.click("text=Draw again")
         self.until("/level=\\d/.test(location.hash) && location.hash.includes('seed=1')")
+        self.page.locator("text=Redraw this level").first.press("Enter")
+        self.page.wait_for_selector("[aria-pressed=true]:focus")  # which was made anew
 
     def anomalies(self):
         page = self.page

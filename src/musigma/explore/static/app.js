@@ -103,6 +103,7 @@ class Page {
       this.view?.leave?.();
       this.name = name;
       this.visit++;
+      document.title = `${views[name].title} \u2013 musigma explore`;
       this.drop = null;
       root.replaceChildren();
       this.python("");

@@ -1,6 +1,6 @@
 // Each column of a row, given the others: a curve or bars, with the value in the row.
 
-import { button, color, h, number, sharp } from "./dom.js";
+import { button, color, h, number, refill, sharp } from "./dom.js";
 
 const FEW = 12; // columns shown at first
 const BARS = 6; // values with a probability of their own
@@ -26,7 +26,7 @@ export function conditionals(unfold) {
   const list = h("div", { class: "columns-list" });
   const text = h("p", { class: "quiet" });
   const more = h("p", {});
-  const root = h("section", { hidden: true }, h("h3", {}, "Each column given the others"), text,
+  const root = h("section", { hidden: true }, h("h2", {}, "Each column given the others"), text,
     list, more);
 
   function show(answer, all) {
@@ -34,7 +34,7 @@ export function conditionals(unfold) {
     text.textContent = EXPLAINED[answer.how];
     const shown = all ? answer.columns : answer.columns.slice(0, FEW);
     list.replaceChildren(...shown.map(card));
-    more.replaceChildren(answer.columns.length > FEW
+    refill(more, answer.columns.length > FEW
       ? button(all ? "Show fewer" : `Show ${answer.columns.length} columns`, () => unfold(!all)) : "");
   }
   return { root, show };

@@ -12,6 +12,13 @@ export function h(tag, attributes = {}, ...children) {
   return element;
 }
 
+/** Replace the children of an element; if one of its buttons has the focus, the new one gets it. */
+export function refill(root, ...children) {
+  const at = [...root.querySelectorAll("button")].indexOf(document.activeElement);
+  root.replaceChildren(...children);
+  root.querySelectorAll("button")[at]?.focus();
+}
+
 export const button = (text, onclick, attributes = {}) =>
   h("button", { type: "button", onclick, ...attributes }, text);
 

@@ -42,11 +42,11 @@ export function mount(root, page) {
     h("p", { class: "lead" }, "A head emits numbers; a format says which are means, which are "
       + "scales, and what a scale means. Sampler and KL must read them alike."),
     h("div", { class: "columns even" },
-      h("section", {}, h("h3", {}, "How an output is read"),
+      h("section", {}, h("h2", {}, "How an output is read"),
         h("div", { class: "controls" }, field("layout", layout), field("order", order),
           field("scale", scale)),
         text, h("div", { class: "cells" }, cells), laws, curve),
-      h("section", {}, h("h3", {}, "If sampler and KL disagree"),
+      h("section", {}, h("h2", {}, "If sampler and KL disagree"),
         h("p", {}, "One datum x = z + noise, z ~ N(0, 1). The encoder learns one number r, the raw "
           + "scale of its posterior, by the loss. Nothing crashes:"),
         h("div", { class: "controls" }, field("the sampler reads", sampler),

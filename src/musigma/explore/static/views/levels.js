@@ -1,7 +1,7 @@
 // The levels of a multi-scale model: the prior of each latent, and draws of one of them.
 
 import { chosen, exampleControls } from "../example.js";
-import { button, field, h, number, slider } from "../dom.js";
+import { button, field, h, number, refill, slider } from "../dom.js";
 import { gallery } from "../draw.js";
 
 export const title = "Levels";
@@ -15,13 +15,13 @@ export function mount(root, page) {
   const warmth = h("output");
   const temperature = slider("Temperature", 0, 2, 0.05, 1,
     (value) => page.set({ temperature: value === 1 ? null : value }));
-  const heading = h("h3", {}, "");
+  const heading = h("h2", {}, "");
   root.append(
     h("p", { class: "lead" }, "This model has a latent at several sizes. The prior of each depends "
       + "on those above it: its mean and log-scale are images. Draw one level again and keep the "
       + "others, to see what it holds."),
     controls.root,
-    h("div", { class: "columns" }, h("section", { class: "side" }, h("h3", {}, "Input"), input,
+    h("div", { class: "columns" }, h("section", { class: "side" }, h("h2", {}, "Input"), input,
       heading, h("div", { class: "controls" },
         button("Draw again", () => page.set({ seed: (Number(page.state.seed) || 0) + 1 })),
         field("temperature", temperature), warmth), drawn),
@@ -35,9 +35,9 @@ export function mount(root, page) {
     input.replaceChildren(gallery(answer.input, [""], 128));
     heading.textContent = `Level ${level} drawn again`;
     drawn.replaceChildren(gallery(answer.redrawn, [], 96));
-    list.replaceChildren(...answer.levels.map((row, i) => h("div", { class: "level" },
+    refill(list, ...answer.levels.map((row, i) => h("div", { class: "level" },
       h("div", { class: "controls" },
-        h("h3", {}, `Level ${i}${i ? "" : ", the top"}: ${row.shape.join(" \u00d7 ")}`),
+        h("h2", {}, `Level ${i}${i ? "" : ", the top"}: ${row.shape.join(" \u00d7 ")}`),
         button("Redraw this level", () => page.set({ level: i || null }),
           { "aria-pressed": String(i === level) })),
       h("p", { class: "quiet" }, `mean, ${about(row.mean)}`), gallery(row.mean, [], 44),

@@ -47,8 +47,8 @@ export function mount(root, page) {
       button("\u2212", () => zoom(1 / 1.5, cross ?? middle()), { "aria-label": "Zoom out" }),
       button("Show all", () => all())),
     h("div", { class: "columns wide" }, h("section", {}, canvas, legend, status),
-      h("section", { class: "side" }, h("h3", {}, "Under the pointer"), preview,
-        h("h3", {}, "Decoded"), decoded)));
+      h("section", { class: "side" }, h("h2", {}, "Under the pointer"), preview,
+        h("h2", {}, "Decoded"), decoded)));
 
   const view = new Window();
   const layer = document.createElement("canvas"); // the dots

@@ -2,7 +2,7 @@
 
 import { chosen, exampleControls } from "../example.js";
 import { conditionals } from "../columns.js";
-import { button, field, h, number, slider } from "../dom.js";
+import { button, field, h, number, refill, slider } from "../dom.js";
 import { bells, gallery, reach } from "../draw.js";
 import { overview } from "../plane.js";
 
@@ -59,13 +59,13 @@ export function mount(root, page) {
     h("p", { class: "lead" }, EXPLAINED[page.about.moments]),
     controls.root,
     h("div", { class: latent ? "columns" : "" },
-      h("section", { class: "side" }, figures, pictures, latent ? [h("h3", {}, "Draws"),
+      h("section", { class: "side" }, figures, pictures, latent ? [h("h2", {}, "Draws"),
         h("div", { class: "controls" },
           button("Draw again", () => page.set({ seed: (Number(page.state.seed) || 0) + 1 })),
           field("temperature", temperature), warmth),
         draws] : null),
       latent ? h("section", {},
-        h("div", { class: "controls" }, h("h3", {}, `Latents by ${unit}`),
+        h("div", { class: "controls" }, h("h2", {}, `Latents by ${unit}`),
           button("Release all", () => page.set({ set: null })),
           button("Prior mean for all", () => page.set({
             set: written([...rows.keys()].map((i) => [i, 0])),
@@ -76,7 +76,7 @@ export function mount(root, page) {
   function showPlane() {
     const { plane: answer, about } = page;
     if (!answer) return;
-    plane.replaceChildren(h("h3", {}, "All of the plane"), overview(),
+    plane.replaceChildren(h("h2", {}, "All of the plane"), overview(),
       h("p", { class: "quiet" }, `Shades: the density of the model${answer.bound === "exact" ? ""
         : `, by a bound (${answer.bound})`}${about.context ? ", given the context of example 0" : ""}.`));
     python("plane", answer.python);
@@ -145,11 +145,10 @@ export function mount(root, page) {
     if (order.some((element, i) => list.children[i] !== element)
       || list.children.length !== order.length) list.replaceChildren(...order);
     rows = next;
-    rest.replaceChildren(`${unit} of all ${page.about.dims}: ${number(answer.cost)} nats. `);
-    if (answer.latents.length > FEW) {
-      rest.append(button(all ? "Show fewer" : `Show ${answer.latents.length}`,
-        () => page.set({ latents: all ? null : "all" })));
-    }
+    refill(rest, `${unit} of all ${page.about.dims}: ${number(answer.cost)} nats. `,
+      answer.latents.length > FEW
+        ? button(all ? "Show fewer" : `Show ${answer.latents.length}`,
+          () => page.set({ latents: all ? null : "all" })) : "");
   }
 
   const showPictures = (answer, follows) => pictures.replaceChildren(gallery(

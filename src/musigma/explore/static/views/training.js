@@ -17,8 +17,8 @@ export function mount(root, page) {
     h("p", { class: "lead" }, "Bits per dimension of the batches and of validation data, and what "
       + "training warned of."),
     line, h("section", {}, plot),
-    h("section", {}, h("h3", {}, "Cost of each latent, last step"), latents),
-    h("section", {}, h("h3", {}, "Warnings"), problems));
+    h("section", {}, h("h2", {}, "Cost of each latent, last step"), latents),
+    h("section", {}, h("h2", {}, "Warnings"), problems));
   let timer = null;
 
   function show(answer) {

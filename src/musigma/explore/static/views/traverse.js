@@ -12,7 +12,7 @@ export function mount(root, page) {
   const controls = exampleControls(page);
   const big = h("div", { class: "big" });
   const along = h("div");
-  const along_ = h("h3", {}, "");
+  const along_ = h("h2", {}, "");
   const list = h("div", { class: "sliders" });
   const about = h("p", { class: "quiet" }, "Measuring which latents matter \u2026");
   const directions = h("div", { class: "sliders" });
@@ -76,7 +76,7 @@ export function mount(root, page) {
       directions.append(h("div", { class: "slide" }, h("b", {}, name), control, value));
       return { control, value };
     });
-    directions.prepend(h("h3", {}, "Directions"), h("p", { class: "quiet" }, "Steps of one standard "
+    directions.prepend(h("h2", {}, "Directions"), h("p", { class: "quiet" }, "Steps of one standard "
       + "deviation along principal components of the data; for a label, from the mean of all "
       + "others to the mean of its examples."));
     ask(page.state);
