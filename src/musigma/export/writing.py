@@ -192,14 +192,14 @@ def _onnx_reason(error: BaseException) -> str:
     _, found, rest = text.partition("No ONNX function found for <OpOverload(op='")
     if found:
         name = rest.partition("'")[0]
-        why = " (typed columns and bounds need it)" * (name in LACKING)
+        why = " (typed columns, bounds and --embed quantile need it)" * (name in LACKING)
         return f"ONNX has no operation for {name}{why}; use --torch-export"
     first = text.partition("\n")[0][:200]
     return f"PyTorch cannot convert it to ONNX ({first}); use --torch-export"
 
 
 LACKING = ("aten.searchsorted", "prims.ndtri")
-"""Operations of typed columns and of bounds that ONNX lacks."""
+"""Operations that ONNX lacks, of typed columns, of bounds and of the embedding `quantile`."""
 
 
 def _load_onnx(path: Path) -> Run:
