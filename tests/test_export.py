@@ -354,6 +354,12 @@ def test_paths_are_checked_first(run, tmp_path, out, text, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_folder_of_other_files_is_not_replaced(run):
+    with pytest.raises(ValueError, match=r"no folder of an earlier export \(it has no sheet.json"):
+        export.write(Vectors.model(), [], run, "torch")
+    assert [path.name for path in run.iterdir()] == ["model.safetensors"]
+
+
 def test_missing_libraries_are_named(run, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit):

@@ -15,6 +15,7 @@ from typing import Any
 
 __all__ = [
     "LOCK",
+    "check_folder",
     "finite",
     "is_draft",
     "lock_run",
@@ -112,14 +113,39 @@ def replacing(path: str | Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """A new folder beside `path`: it takes its place on success, and is removed on failure.
+def check_folder(path: Path, mark: str = "", name: str = "path") -> None:
+    """Refuse a path that `replacing_folder` refuses.
 
-    A folder that is there is replaced with all that it holds.
+    Args:
+        path: The folder.
+        mark: Name of a file by which a folder that may be replaced is known.
+        name: What the message calls the path.
 
     Raises:
-        ValueError: If the folder that holds `path` does not exist, or `path` is a file.
+        ValueError: If the folder that holds `path` does not exist, `path` is a file, or it is a
+            folder that holds files, but no `mark`.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"{name}: there is no folder {path.parent}; create it first")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{name}: {path} is a file; name a folder")
+    if path.is_dir() and any(path.iterdir()) and not (mark and (path / mark).is_file()):
+        why = f"is no folder of an earlier export (it has no {mark})" if mark else "holds files"
+        raise ValueError(f"{name}: {path} {why}, and would be replaced as a whole; name another")
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | Path, mark: str = "") -> Iterator[Path]:
+    """A new folder beside `path`: it takes its place on success, and is removed on failure.
+
+    A folder that is there is replaced with all that it holds, if it is empty or has a `mark`.
+
+    Args:
+        path: The folder.
+        mark: Name of a file by which a folder that may be replaced is known.
+
+    Raises:
+        ValueError: If `check_folder` refuses the path.
 
     Example:
         >>> import tempfile
@@ -130,10 +156,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         (['a'], ['b.txt'])
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"path: the folder {path.parent} does not exist; create it first")
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"path: {path} is a file; name a folder")
+    check_folder(path, mark)
     names = path.name, f"{path.name}.old"
     draft, before = (path.with_name(f".{name}.{os.getpid()}.tmp") for name in names)
     draft.mkdir()

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from musigma.cli.explore import data_of
 from musigma.cli.options import CONVERT, DATA, Common, DataOptions, Run, app, at_least_one
 from musigma.cli.trained import Trained
+from musigma.files import check_folder
 
 Name = Literal["encoder", "decoder", "log_prob", "sampler"]
 
@@ -67,7 +68,9 @@ def export(
         if functions:
             raise ValueError("function: --static writes those that its page needs; leave it out")
         check_needs("onnx")
-        _check_folder(out, kind, overwrite, "musigma.json")
+        from musigma.explore.standalone import MARK
+
+        _check_folder(out, kind, overwrite, MARK)
         _write_page(Trained(run, common), source, options, out, examples or 200, onnxruntime)
         return
     given = {"data": source, "examples": examples, "onnxruntime": onnxruntime}
@@ -131,7 +134,8 @@ def _check_out(out: Path, kind: str, functions: tuple[str, ...], overwrite: bool
             raise ValueError(f"{option}: expected a folder, or a {suffix} file; got {out}")
         _check_folder(out, option, overwrite, SHEET)
         return
-    _check_parent(out, option)
+    if not out.parent.is_dir():
+        raise ValueError(f"{option}: there is no folder {out.parent}; create it first")
     if len(functions or NAMES) > 1:
         raise ValueError(
             f"{option}: a file holds one function; choose it (--function), or name a folder"
@@ -143,22 +147,9 @@ def _check_out(out: Path, kind: str, functions: tuple[str, ...], overwrite: bool
 
 
 def _check_folder(out: Path, option: str, overwrite: bool, mark: str) -> None:
-    """Refuse a folder that is no earlier export, which has a file of a name."""
-    _check_parent(out, option)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{option}: {out} is a file; name a folder")
-    taken = [out] if out.is_dir() and any(out.iterdir()) else []
-    _check_free(taken, option, overwrite)
-    if taken and not (out / mark).is_file():
-        raise ValueError(
-            f"{option}: {out} is no folder of an earlier export (it has no {mark}), and would be "
-            "replaced as a whole; name another one"
-        )
-
-
-def _check_parent(out: Path, option: str) -> None:
-    if not out.parent.is_dir():
-        raise ValueError(f"{option}: there is no folder {out.parent}; create it first")
+    """Refuse a folder that is no earlier export, or that may not be replaced."""
+    check_folder(out, mark, option)
+    _check_free([out] if out.is_dir() and any(out.iterdir()) else [], option, overwrite)
 
 
 def _check_free(taken: list[Path], option: str, overwrite: bool) -> None:

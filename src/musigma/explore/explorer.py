@@ -428,8 +428,7 @@ class Explorer:
         batches = f"musigma.evaluation.batches(model, {{}}, batch_size={at_once})"
         parts: list[Any] = [
             self.examples.loading,
-            f"rows = np.unique(np.linspace(0, len(data) - 1, {len(own.rows)}).astype(int))\n"
-            f"batches = {batches.format('data.subset(rows)')}",
+            f"{_spread(own.rows)}\nbatches = {batches.format('data.subset(rows)')}",
             (answers.scored, {}),
         ]
         if own.normal is None:
@@ -508,9 +507,8 @@ class Explorer:
 
     def _sample(self, some: np.ndarray) -> list[Any]:
         """Lines of the centers of some examples, which are spread over the data."""
-        rows = f"np.unique(np.linspace(0, len(data) - 1, {len(some)}).astype(int))"
         batches = "musigma.evaluation.batches(model, data.subset(rows))"
-        return [f"rows = {rows}\nbatches = {batches}", (answers.centers, {})]
+        return [f"{_spread(some)}\nbatches = {batches}", (answers.centers, {})]
 
     def _directions(self) -> list[Any]:
         """Lines of the directions of the sliders."""
@@ -563,6 +561,11 @@ class Explorer:
 def has_umap() -> bool:
     """Whether umap-learn is installed."""
     return find_spec("umap") is not None
+
+
+def _spread(rows: np.ndarray) -> str:
+    """The line of examples that are spread over the data."""
+    return f"rows = np.unique(np.linspace(0, len(data) - 1, {len(rows)}).astype(int))"
 
 
 def _flat(z: Sequence[Tensor]) -> Tensor:

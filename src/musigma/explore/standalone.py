@@ -53,7 +53,7 @@ def write(
 
     Args:
         explorer: The model, and the examples that the page holds.
-        out: The folder. If it exists, it is replaced.
+        out: The folder. If it exists, it is replaced; it must be empty, or such a page.
         runtime: A folder of the npm package onnxruntime-web, or its `dist`. None: the package
             1.30.0 of the npm registry, from the cache or downloaded once, and checked.
         progress: Called with the number of steps that are done, and their number.
@@ -64,7 +64,7 @@ def write(
 
     Raises:
         ValueError: If the page cannot show the model, or its functions cannot be exported; or if
-            the runtime is not there.
+            the runtime is not there, or the folder holds other files.
     """
     if faults := list(_faults(explorer)):
         raise ValueError(f"static: this page cannot show the model: {'; '.join(faults)}")
@@ -78,7 +78,7 @@ def write(
     if survey.error:
         raise ValueError(f"static: {survey.error}")
     progress(2, steps)
-    with replacing_folder(out) as folder:
+    with replacing_folder(out, MARK) as folder:
         shutil.copytree(HERE / "static", folder, dirs_exist_ok=True)
         shutil.copytree(HERE / "browser", folder, dirs_exist_ok=True)
         (folder / "onnxruntime").mkdir()

@@ -60,8 +60,9 @@ def write(
     Args:
         model: The model.
         functions: Its functions.
-        out: A folder, in which each function is a file of its name, beside ``sheet.json``; or, of
-            a single function, a file with the suffix of the kind, and the sheet beside it.
+        out: A folder that is new, empty, or of an earlier export, in which each function is a
+            file of its name, beside ``sheet.json``; or, of a single function, a file with the
+            suffix of the kind, and the sheet beside it.
         kind: One of `KINDS`: `onnx` or `torch`.
         preprocess: How images become the levels that the model takes.
         progress: Called with the number of functions that are written, and their number.
@@ -71,7 +72,8 @@ def write(
 
     Raises:
         ValueError: If a file computes other numbers than the model, what writes or runs it is not
-            installed, or several functions are to be written into one file.
+            installed, several functions are to be written into one file, or the folder holds other
+            files.
     """
     out, how = Path(out), KINDS[kind]
     check_needs(kind)
@@ -92,7 +94,7 @@ def write(
         return about
     files = {function.name: f"{function.name}{how.suffix}" for function in functions}
     about = sheet(model, functions, files, preprocess)
-    with replacing_folder(out) as folder:
+    with replacing_folder(out, SHEET) as folder:
         for i, function in enumerate(functions):
             progress(i, len(functions))
             worst = save(function, folder / files[function.name], kind)

@@ -39,7 +39,8 @@ export function exampleControls(page) {
     const select = bar.querySelector("#label");
     if (select) select.value = state.label ?? "";
     const words = [answer.id, answer.label && `label ${answer.label}`].filter(Boolean);
-    name.textContent = state.upload ? "your own" : words.join(", ");
+    name.textContent = !state.upload ? words.join(", ") : !about.context ? "your own"
+      : `your own, with the context of example ${state.index ?? 0}`;
     if (answer.cells) row?.show(answer.cells);
   }
   return { root, show };
