@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,7 +50,9 @@ def explore(
     explorer = explorer_of(trained, source, options)
 
     def announce(address: str) -> None:
-        trained.screen.result({"url": address}, f"{address}   (Ctrl-C ends)")
+        every = host in ("0.0.0.0", "::")
+        also = f"; on other machines, with {socket.gethostname()} in place of {host}" * every
+        trained.screen.result({"url": address}, f"{address}   (Ctrl-C ends{also})")
         sys.stdout.flush()
 
     server.serve(explorer, host, port, announce)
