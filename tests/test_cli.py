@@ -712,7 +712,7 @@ def test_an_objective_from_a_file(workdir, run, capsys):
     Path("mine.py").write_text("\n".join(lines))
     words = f"train vae photos {TINY['vae']} {QUICK} --steps 2 --out run --objective twice-rate"
     assert call(words) == 2
-    assert "objective: known are " in capsys.readouterr().err
+    assert "objective: there is no 'twice-rate'" in capsys.readouterr().err
     try:
         run(words, "--plugin ./mine.py:twice_rate")
         config = json.loads(Path("run/config.json").read_text())
@@ -1011,7 +1011,10 @@ MISTAKES = {
     "nothing to train": ("train", "give an architecture and data"),
     "no data": ("train vae", "(?i)data"),
     "no choice": ("train vae photos --net mpl", r'"mpl" for --net.*Did you mean "mlp"'),
-    "no such prior": ("train vae photos --prior flwo", "prior: did you mean 'flow'"),
+    "no such prior": (
+        "train vae photos --prior flwo",
+        "prior: there is no .*; did you mean 'flow'",
+    ),
     "no number given": ("train vae photos --steps many", "--steps: unable to convert"),
     "no likelihood": ("train vae photos --likelihood logistc", "(?i)logist"),
     "no format": ("train vae photos --format sideways", "(?i)format"),

@@ -433,8 +433,8 @@ def test_posteriors_and_priors_of_your_own():
 @pytest.mark.parametrize(
     ("option", "text", "message"),
     [
-        ("posterior", "diagonl", "posterior: did you mean 'diagonal'"),
-        ("prior", "vamb", "prior: did you mean 'vamp'"),
+        ("posterior", "diagonl", "posterior: there is no .*; did you mean 'diagonal'"),
+        ("prior", "vamb", "prior: there is no .*; did you mean 'vamp'"),
         ("prior", "vamp width=3", "prior: vamp takes components=500; got 'width=3'"),
         ("posterior", "mixture gradient=none", "gradient: expected 'implicit' or 'score'"),
         ("prior", "conditional", "prior: 'conditional' needs a context"),

@@ -92,7 +92,7 @@ class Registry(dict[str, Callable[..., Any]]):
             hint = f"did you mean {close[0]!r}? " if close else ""
             known = ", ".join([*names, *filter(None, [self.others])])
             raise ValueError(
-                f"{self.option}: {hint}known are {known}; got {name!r} (if a file "
+                f"{self.option}: there is no {name!r}; {hint}known are {known} (if a file "
                 f"defines it, give it: --plugin FILE.py:{name or 'NAME'})"
             )
         defaults, chosen, wrong = self.defaults(found), {}, []

@@ -207,7 +207,8 @@ def build(name: str, shape: Sequence[int] | Spec, **options: Any) -> Model:
         close = difflib.get_close_matches(name, ARCHITECTURES, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(
-            f"architecture: {hint}known are {', '.join(sorted(ARCHITECTURES))}; got {name!r}"
+            f"architecture: there is no {name!r}; {hint}known are "
+            f"{', '.join(sorted(ARCHITECTURES))}"
         )
     return ARCHITECTURES[name](shape, **options)
 
