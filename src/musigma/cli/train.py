@@ -669,7 +669,7 @@ def _finish(out: Path, held_out: data.Dataset, screen: Screen, answer: dict[str,
     example = "samples.csv" if trained.spec.columns else "samples.png"
     screen.result(
         {**answer, "evaluation": found.fields, "pictures": pictures},
-        f"{figure_text(found.fields, trained.of_pairs)}\nrun: {out}\n"
+        f"held-out: {figure_text(found.fields, trained.of_pairs)}\nrun: {out}\n"
         f"pictures: {', '.join(pictures) or 'none'}\n"
         f"next: musigma sample {shlex.quote(str(out))} --n 64{how} --out {example}",
     )
