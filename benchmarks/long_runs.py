@@ -9,8 +9,8 @@ checks the inverse of the trained model. Results go to docs/figures/long-runs.js
 holds are not measured again.
 """
 
+import argparse
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -87,9 +87,11 @@ def run(name: str, precision: str) -> dict:
     }
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
     """Measure the named models, or all, that have no result yet."""
-    for name in names or OPTIONS:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(OPTIONS)}")
+    for name in parser.parse_args().names or OPTIONS:
         for precision in ("fp32", "bf16"):
             asked = {"architecture": name, "precision": precision}
             if stored.has(OUT, asked):
@@ -100,4 +102,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
