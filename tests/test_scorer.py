@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import musigma
-from musigma import Scorer, Spec, anomaly, data
+from musigma import Scorer, Spec, anomaly, cli, data
 
 
 def people(n, seed=0):
@@ -211,6 +211,34 @@ def test_models_of_plain_numbers_are_scored_too(tmp_path):
     assert list(nats.columns) == ["nats"]
     with torch.no_grad():
         assert nats.nats.to_numpy() == pytest.approx(-model.log_prob(torch.tensor(x)), abs=1e-4)
+
+
+def test_the_command_scores_rows_in_large_batches_and_hashes_no_other_data(tmp_path, monkeypatch):
+    """No figure of an exact density depends on the batch."""
+    x = np.random.default_rng(0).normal(size=(3000, 2))
+    pd.DataFrame(x, columns=["a", "b"]).to_parquet(tmp_path / "rows.parquet")
+    model = musigma.build("nsf", Spec((2,), columns=("a", "b")), depth=1, hidden=8)
+    about = {"source": "elsewhere.parquet", "digest": "00", "n": 2999}
+    musigma.save(model, tmp_path / "model.safetensors", extra={"data": about})
+    sizes, forward = [], type(model).forward
+
+    def recorded(model, x, *rest, **named):
+        sizes.append(len(x))
+        return forward(model, x, *rest, **named)
+
+    def hashed(*_):
+        raise AssertionError("rows are hashed")
+
+    monkeypatch.setattr(type(model), "forward", recorded)
+    monkeypatch.setattr(data.dataset, "content_hashes", hashed)
+    words = ["score", f"{tmp_path}/model.safetensors", f"{tmp_path}/rows.parquet"]
+    cli.main([*words, "--out", f"{tmp_path}/scores.parquet", "--device", "cpu"])
+    assert sizes == [1024, 1024, 952]
+    monkeypatch.undo()
+    nats = pq.read_table(tmp_path / "scores.parquet").column("nats").to_numpy()
+    with torch.no_grad():
+        log_prob = model.eval().log_prob(torch.tensor(x, dtype=torch.float32))
+    assert nats == pytest.approx(-log_prob.numpy(), abs=1e-4)
 
 
 def test_unknown_levels_have_a_probability(scorer):

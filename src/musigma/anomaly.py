@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from musigma.evaluation.intervals import auc, average_precision, exact_share
 from musigma.schema import Schema
@@ -165,6 +164,8 @@ def rate_interval(
         >>> [round(end, 4) for end in rate_interval(1000, 0.01)]
         [0.0048, 0.017]
     """
+    from scipy import stats
+
     rank = _rank(n, rate)
     ends = (1 - confidence) / 2, (1 + confidence) / 2
     if rows is None:
@@ -353,6 +354,8 @@ def holm(p: Any) -> np.ndarray:
 
 
 def _kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    from scipy import stats
+
     method = "exact" if len(a) * len(b) <= 10**6 else "asymp"
     result: Any = stats.ks_2samp(a, b, method=method)
     return float(result.statistic), float(result.pvalue)
@@ -360,6 +363,8 @@ def _kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
 def _shares(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """Difference of the shares of two masks, and the p-value of Fisher's exact test."""
+    from scipy import stats
+
     table = [[int(mask.sum()), int((~mask).sum())] for mask in (a, b)]
     return float(a.mean() - b.mean()), float(stats.fisher_exact(table).pvalue)  # pyright: ignore
 
@@ -384,6 +389,8 @@ def _homogeneity(counts: np.ndarray) -> tuple[float, float]:
 
 def _chi_squared(counts: np.ndarray) -> tuple[float, float]:
     """Statistic and p-value of the chi-squared test; of Fisher's for few rows of two classes."""
+    from scipy import stats
+
     result: Any = stats.chi2_contingency(counts, correction=False)
     if counts.shape[1] == 2 and result.expected_freq.min() < EXPECTED:
         return float(result.statistic), float(stats.fisher_exact(counts).pvalue)  # pyright: ignore

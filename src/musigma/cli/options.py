@@ -129,7 +129,8 @@ class DataOptions:
         unseen: What to do about categories of a table that are not in the training data: score
             them by the probability that the model reserves for them, or refuse the data.
         reading: How data are read.
-        batch_size: Number of examples per batch.
+        batch_size: Number of examples per batch. For an exact density of rows, `score` takes
+            1024 or more, since no figure then depends on the batch.
     """
 
     given: tuple[str, ...] = ()

@@ -93,7 +93,8 @@ def score(
             "processes; run it in one"
         )
     _in_one_process(processes, by=detection.by, maps=maps)
-    trained, options = Trained(on.run, on.common), on.options.everything()
+    trained = Trained(on.run, on.common)
+    options = trained.sized(on.options.everything())
     _mix_orders(trained, orders)
     if maps is not None:
         check_maps(maps, trained)

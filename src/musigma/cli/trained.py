@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from musigma.spec import Spec, Variable
 
 TABLES = (".csv", ".parquet")
+ROWS = 1024  # vectors whose exact density is computed at once, at least
 FARTHEST = 10  # variables outside their training range that are named
 
 
@@ -115,6 +116,15 @@ class Trained:
 
     # --- inputs of a model ---------------------------------------------------------------------
 
+    def sized(self, options: DataOptions) -> DataOptions:
+        """The same options; at least `ROWS` vectors in a batch if their density is exact.
+
+        Nothing is drawn then, so no figure depends on the batch.
+        """
+        if not self.model.exact or len(self.shape) != 1:
+            return options
+        return dataclasses.replace(options, batch_size=max(options.batch_size, ROWS))
+
     @property
     def preprocess(self) -> Preprocess:
         """How the training data were prepared."""
@@ -180,11 +190,13 @@ class Trained:
             given = {name: v for name, v in loaded.given.items() if name != column}
             labels = None if column == "label" else loaded.labels
             plain = dataclasses.replace(loaded, given=given, labels=labels)
-        same = saved.get("digest") in (data.digest(loaded), data.digest(plain))
+        digest, n = saved.get("digest"), saved.get("n", len(loaded))
+        same = digest is not None and n == len(loaded)  # otherwise no row need be hashed
+        same = same and digest in (data.digest(loaded), data.digest(plain))
         seen = self.seen = same or (there is not None and Path(here).is_relative_to(there))
         if not seen:
             self._note_extrapolation(found)
-        if here == there and not same and saved.get("digest") and column is None:
+        if here == there and not same and digest and column is None:
             self.screen.note(f"{source} has changed since this model was trained on it")
         self.part = options.split or ("held-out" if seen else "all")
         return found.split(self.part)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy import stats
 
 from musigma.data import Dataset
 from musigma.detectors.reference import DETECTORS, Reference
@@ -104,6 +103,8 @@ def dose(reference: Reference, data: Dataset, *, layers: bool = False) -> np.nda
     """
 
     def fitted() -> list[tuple[int, Callable[[np.ndarray], np.ndarray]]]:
+        from scipy import stats
+
         known = _training_terms(reference, "dose", layers)
         varying = np.flatnonzero(known.std(0) > CONSTANT)
         return [(int(j), stats.gaussian_kde(known[:, j]).logpdf) for j in varying]
