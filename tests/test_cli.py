@@ -803,7 +803,7 @@ def test_help_of_training_starts_with_the_most_used_options(run):
         *("Arguments", "Most used", "Model", "Objective", "Budget and optimizer", "Data"),
         *("Hardware", "Output", "Every command"),
     ]
-    first = re.findall(r"--[\w-]+", found["Most used"])
+    first = re.findall(r"^│ (--[\w-]+)", found["Most used"], re.MULTILINE)
     assert first == ["--minutes", "--size", "--of", "--given", "--out", "--device"]
     assert "--hidden" in found["Model"]
     assert "--beta" in found["Objective"]
