@@ -831,3 +831,15 @@ def test_checkerboards_put_either_color_first():
     assert torch.equal(second.flatten(), x[0, 0][~black])
     white = Checkerboard(white=True)(x)[0]
     assert torch.equal(white, torch.cat([second, first], 1))
+
+
+@pytest.mark.parametrize("context", [0, 2])
+def test_features_are_inverted_one_by_one_under_autocast(context):
+    layer = masked(3, Affine(), hidden=[6], context=context)
+    x, given = torch.randn(5, 3), torch.randn(5, context) if context else None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, log_det = layer.inverse(x, given)
+    with torch.no_grad():
+        expected, expected_log_det = layer.inverse(x, given)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(log_det, expected_log_det)

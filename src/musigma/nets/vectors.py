@@ -363,8 +363,15 @@ class MADE(nn.Module):
         """Evaluate feature by feature, as `musigma.layers.AutoregressiveNet` describes.
 
         Step i computes only the hidden units of degree i and the outputs of feature i, so all
-        steps together cost less than one pass.
+        steps together cost less than one pass. They compute in the dtype of `like`: autocast
+        does not take results that are written in place.
         """
+        with torch.autocast(like.device.type, enabled=False):
+            self._unroll(fill, like, context)
+
+    def _unroll(
+        self, fill: Callable[[int, Tensor], Tensor], like: Tensor, context: Tensor | None
+    ) -> None:
         layers, batch = self.stack.layers(), len(like)
         weight, bias = layers[-1]
         layers[-1] = weight.index_select(0, self.order), bias.index_select(0, self.order)
