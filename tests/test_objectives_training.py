@@ -223,7 +223,9 @@ def test_objectives_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert all(name in shown for name in REGISTRIES)
     with pytest.raises(SystemExit):
         main([*words[:-1], "other", "--prior", "ncsf"])
-    assert "auto, and the flows of `musigma list flow`; got 'ncsf'" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "prior: there is no 'ncsf'; known are" in shown
+    assert "auto, and the flows of `musigma list flow`" in shown
     (tmp_path / "mine.py").write_text(
         "import torch\n\n\ndef waves():\n    return torch.sin\n\n\n"
         "def shifted(record, *, by=1.0):\n    return by - record.terms.elbo\n"

@@ -177,7 +177,8 @@ def _counts(workloads: Mapping[str, Any]) -> Iterator[str]:
         contenders = workload["contenders"]
         for operation, summary in workload["operations"].items():
             times = summary["times"]
-            peers = [n for n in times if contenders[n]["kind"] == "peer"]
+            known = [n for n in times if n in contenders]  # those that failed later are not
+            peers = [n for n in known if contenders[n]["kind"] == "peer"]
             if ours not in times or "flops" not in times[ours]:
                 continue
             cells = [name, operation]

@@ -166,24 +166,26 @@ class Change(Map):
     def factor(self) -> float | None:
         """What the log-determinant is multiplied with in the loss; None if it is not in it."""
         factor, error = self.fit
-        if error <= ROUNDING or self.is_estimate:
+        if error <= ROUNDING:
             return factor
         if self.is_gaussian and self._limit is not None:
             return self._limit
-        return factor if error <= EXACT and self._is_so_far_away(factor) else None
+        nearly = error <= EXACT and (self._is_so_far_away or bool(self.noise))
+        return factor if nearly else None
 
     @property
     def is_estimate(self) -> bool:
         """Whether it is nearly in the loss, by a series that ends after a random term, say."""
-        near = ROUNDING < self.fit[1] <= EXACT
-        return near and bool(self.noise) and self.is_gaussian and self._limit is None
+        near = ROUNDING < self.fit[1] <= EXACT and bool(self.noise)
+        return near and self._limit is None and not self._is_so_far_away
 
-    def _is_so_far_away(self, factor: float) -> bool:
+    @cached_property
+    def _is_so_far_away(self) -> bool:
         """Whether an error that is small, but not of rounding, is as small far away."""
         found = self._again(self.held, self.parameters, far=True)
         if found is None:
             return True
-        return found.fit[1] <= EXACT and abs(found.fit[0] / factor - 1) < EXACT
+        return found.fit[1] <= EXACT and abs(found.fit[0] / self.fit[0] - 1) < EXACT
 
     def _again(self, held: Over, parameters: bool, far: bool = False) -> Change | None:
         """The map, measured with other values held, or at other places."""
