@@ -319,8 +319,8 @@ def _check_other_prior(change: Change, weight: float) -> Outcome:
         at = {i: p.reshape(t.shape) for p, (i, t) in zip(parts, v.items(), strict=True)}
         return -graph.run({**fixed, **at}, [change.loss])[change.loss].sum() - log_det
 
-    found = log_integral(log_p, torch.full(shape, weight, dtype=torch.float64))
     what = "the density of z", change.where
+    found = log_integral(log_p, torch.full(shape, weight, dtype=torch.float64))
     if found is None:
         return Skipped(f"the density of z{at(change.where)}: it is not Gaussian, and its weight "
                        "beside the log-determinant is not compared")  # fmt: skip
@@ -329,11 +329,8 @@ def _check_other_prior(change: Change, weight: float) -> Outcome:
         return bug("logdet_mismatch", "step improper", where=change.where)
     levels = log / math.log(2)  # a constant of dequantization, or of bits
     if abs(levels - round(levels)) > accuracy:
-        return unexamined(
-            *what,
-            f"with the weight of the log-determinant its integral is "
-            f"exp({log:.4g}): it has another weight, or a constant is left out",
-        )
+        why = "it has another weight than the log-determinant, or a constant is left out"
+        return unexamined(*what, f"its integral is exp({log:.4g}): {why}")
     return Passed(f"density of z{at(change.where)}: not Gaussian, and it integrates to one")
 
 
