@@ -14,6 +14,7 @@ on the first 500. `quality_peers.py` trains other libraries' models for the same
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -36,12 +37,16 @@ MODELS = {
     "glow-10-uniform": (10, "glow mnist --dequantize uniform"),
     "glow-60-uniform": (60, "glow mnist --dequantize uniform"),
     "glow-fashion": (30, "glow fashion-mnist"),
+    "color-vae": (60, "vae cifar10-jpeg.tar.xz"),
+    "color-ladder": (60, "ladder cifar10-jpeg.tar.xz"),
+    "color-glow": (60, "glow cifar10-jpeg.tar.xz"),
 }
 PEERS = {"pythae": (10, "pythae", "mnist"), "normflows": (10, "normflows", "mnist")}
 """Minutes, library and images; pythae's VAE gets binarized ones."""
 PICTURES = {
     "binarized MNIST": ("vae", "ladder", "pythae"),
     "MNIST": ("glow-10", "glow-60", "glow-10-uniform", "glow-60-uniform", "normflows"),
+    "color images": ("color-vae", "color-ladder", "color-glow"),
 }
 
 
@@ -50,7 +55,10 @@ def run(names: list[str], steps: int | None) -> None:
     for name in names:
         minutes, words = MODELS[name]
         budget = ["--steps", str(steps)] if steps else ["--minutes", str(minutes)]
-        command = [sys.executable, "-m", "musigma", "train", *words.split(), *budget]
+        architecture, data, *options = words.split()
+        if data.startswith("cifar10"):
+            data = str(Path(os.environ["MUSIGMA_DATA"]) / data)
+        command = [sys.executable, "-m", "musigma", "train", architecture, data, *options, *budget]
         command += ["--precision", "bf16", "--auto-resume", "--out", str(RUNS / name)]
         if not (RUNS / name / "evaluation.json").exists():
             print(time.strftime("%H:%M"), *command[2:], flush=True)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -380,16 +381,33 @@ def test_blocks_are_compiled_separately_and_other_models_as_a_whole(monkeypatch)
     from musigma.nets import ResBlock
     from musigma.training import hardware
 
-    done = []
+    done = {}
     monkeypatch.setattr(torch, "compile", lambda f: f)
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: done.append(self))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: done.update({self: how}))
     glow = small("glow", levels=1, depth=3, hidden=4)
-    assert hardware.compile_blocks(glow) is None
-    assert done == [m for m in glow.modules() if isinstance(m, Coupling | ResBlock)]
-    done.clear()
-    vae = small("vae", net="mlp")
-    assert hardware.compile_blocks(vae) is None
-    assert done == [vae]
+    assert hardware.compile_blocks(glow, capture=True) is None
+    assert [*done] == [m for m in glow.modules() if isinstance(m, Coupling | ResBlock)]
+    assert not any(how.get("mode") for how in done.values())
+    for capture, mode in ((False, None), (True, "reduce-overhead")):
+        done.clear()
+        vae = small("vae", net="mlp")
+        assert hardware.compile_blocks(vae, capture=capture) is None
+        assert {module: how["mode"] for module, how in done.items()} == {vae: mode}
+
+
+@pytest.mark.slow
+def test_steps_that_a_gpu_would_capture_are_the_same(monkeypatch, tmp_path, digits):
+    from musigma.training import hardware
+
+    train(digits, tmp_path / "plain", precision="bf16", steps=3)
+    captured = partial(hardware.compile_blocks, capture=True)
+    monkeypatch.setattr(hardware, "compile_blocks", lambda model, *, capture: captured(model))
+    train(digits, tmp_path / "captured", fast=True, steps=3)
+    losses = [
+        [row["loss"] for row in rows(tmp_path / name) if row["kind"] == "train"]
+        for name in ("plain", "captured")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
 def test_a_profile_is_written(tmp_path, digits):

@@ -91,7 +91,7 @@ def score(
             row = _of_mixture(model, x, context) or _of_trace(model, x, context, ks, annealing)
             for name, value in row.items():
                 columns.setdefault(name, []).append(torch.as_tensor(value).cpu().double())
-    table = {name: torch.cat(parts).numpy() for name, parts in columns.items()}
+    table = {name: torch.cat(columns.pop(name)).numpy() for name in [*columns]}  # one at a time
     if not table:
         return {}  # more processes than batches
     nats = [name for name in table if name.partition("_")[0] == "nats"]

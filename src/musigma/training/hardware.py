@@ -133,8 +133,14 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [block for child in model.children() for block in blocks(child)]
 
 
-def compile_blocks(model: Model) -> str | None:
+def compile_blocks(model: Model, *, capture: bool = False) -> str | None:
     """Compile each block, or the whole model if it has at most one.
+
+    Args:
+        model: The model.
+        capture: On a GPU, also capture the kernels of a model that is compiled as a whole in CUDA
+            graphs, since those of a small model take less time than their launches. Each backward
+            pass must follow one forward pass.
 
     Returns:
         The reason if nothing can be compiled; None otherwise.
@@ -144,8 +150,11 @@ def compile_blocks(model: Model) -> str | None:
     except Exception as error:  # a compiler, its headers or a library is missing
         return f"not compiled: {str(error).splitlines()[0]}"
     repeated = blocks(model)
-    for block in repeated if len(repeated) > 1 else [model]:
-        block.compile(dynamic=False)
+    if len(repeated) > 1:
+        for block in repeated:
+            block.compile(dynamic=False)
+    else:
+        model.compile(dynamic=False, mode="reduce-overhead" if capture else None)
     return None
 
 

@@ -215,8 +215,11 @@ class _Run:
         sharded = config.shard and self.processes.count > 1
         if sharded:
             hardware.shard(forward, hardware.blocks(model))
-        if config.fast and (problem := hardware.compile_blocks(model)):
-            self.remarks.append(problem)
+        if config.fast:
+            chosen = self.objective is not None or config.objective is not None
+            capture = self.device.type == "cuda" and parts == 1 and not chosen
+            if problem := hardware.compile_blocks(model, capture=capture):
+                self.remarks.append(problem)
         step = TrainingStep(
             forward, self.accelerator, parts=parts, sharded=sharded, make_optimizer=make_optimizer
         )

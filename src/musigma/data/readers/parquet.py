@@ -50,9 +50,9 @@ class Parquet(Arrow):
         super().__init__(schema, sum(self.lengths), request)
 
     def batches(self, columns: Sequence[str]) -> Iterator[Any]:
-        step, done = max(1, (1 << 21) // max(1, len(columns))), 0
-        for path in self.paths:
-            with damage(str(path)), self._open(path) as file:
+        step, done = max(1, (1 << 18) // max(1, len(columns))), 0
+        for path in self.paths:  # a buffer would hold the whole file
+            with damage(str(path)), self._open(path, pre_buffer=False) as file:
                 for batch in file.iter_batches(step, columns=list(columns)):
                     yield batch
                     self.request.report(done := done + batch.num_rows, self.rows)
