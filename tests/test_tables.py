@@ -17,6 +17,7 @@ from pyarrow import parquet
 import musigma
 from musigma.cli import main
 from musigma.data import decode
+from musigma.data.readers import arrow
 
 
 def people(n=200, seed=0):
@@ -430,6 +431,21 @@ def test_missing_values_are_modeled_or_ignored():
     assert [c.missing for c in modeled.schema.columns] == [j in (1, 5) for j in range(9)]
     assert not any(c.missing for c in ignored.schema.columns)
     np.testing.assert_array_equal(modeled.x, ignored.x)
+
+
+def test_a_parquet_file_is_not_held_as_a_whole_while_it_is_read(tmp_path, monkeypatch):
+    path, values = tmp_path / "rows.parquet", np.random.default_rng(0).normal(size=(2, 200_000))
+    parquet.write_table(pa.table({"a": values[0], "b": values[1]}), path, row_group_size=10_000)
+    taken, numbers = [], arrow._numbers
+    before = pa.total_allocated_bytes()
+
+    def counted(column):
+        taken.append(pa.total_allocated_bytes() - before)
+        return numbers(column)
+
+    monkeypatch.setattr(arrow, "_numbers", counted)
+    np.testing.assert_array_equal(musigma.data.load(path).x, values.T.astype(np.float32))
+    assert 0 < max(taken) < path.stat().st_size, "bytes in buffers of Arrow"
 
 
 @pytest.mark.slow
