@@ -181,6 +181,36 @@ def test_parts_stay_parts_whatever_lies_beside_them(tmp_path, beside, down, trai
         assert len(noted) == bool(BESIDE[beside])
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "beside", "classes"),
+    [
+        (("x_train/a", "x_train/b"), ("x_test/a", "x_test/b"), (), ("a", "b")),
+        (("01_train/a", "01_train/b"), ("02_test/b",), (), ("a", "b")),
+        (("box_train",), ("box_test",), ("query",), ()),
+        (("trainA", "trainB"), ("testA", "testB"), (), ("A", "B")),
+        (("train_cat", "train_dog"), ("test_cat",), (), ("cat", "dog")),
+        (("train/train",), ("test/test",), (), ()),
+        (("s_train/s_train/a", "s_train/s_train/b"), ("s_test/s_test/a",), ("q",), ("a", "b")),
+        (("X2018_Training_Input",), ("X2018_Test_Input",), ("X2018_Training_GroundTruth",), ()),
+        (("d/train/a", "d/train/b"), ("d/test/a",), ("d/d/train/a", "d/d/test/a"), ("a", "b")),
+        (("img8bit/train",), ("img8bit/val",), ("gtFine/train",), ()),
+    ],
+)  # fmt: skip
+def test_parts_are_found_within_names(tmp_path, train, test, beside, classes):
+    folders = [f"{name}/{{i}}.png" for name in (*train, *test, *beside)]
+    data = load(save(tmp_path / "d", *folders))
+    assert {name.rpartition("/")[0] for name in data.split("held-out").ids or ()} == {*test}
+    assert {name.rpartition("/")[0] for name in data.ids or ()} == {*train, *test}
+    assert data.label_names == classes
+    assert len([note for note in data.notes if "left out" in note]) == bool(beside)
+
+
+def test_words_of_parts_do_not_make_parts(tmp_path):
+    data = load(save(tmp_path / "d", "bullet_train/{i}.png", "crash_test/{i}.png"))
+    assert data.label_names == ("bullet_train", "crash_test")
+    assert data.official_test is None
+
+
 @given(st.data())
 @settings(max_examples=40, deadline=None)
 def test_spellings_of_parts(draw):
@@ -212,6 +242,9 @@ def test_classes_may_have_parts_inside(tmp_path):
         (("JPEGImages/{i}.png", "SegmentationClass/{i}.png"), "lies in SegmentationClass"),
         (("good/{i}.png", "bad/{i}.png", "ground_truth/{i}.png"), "lies in ground_truth"),
         (("{i}.png", "{i}_mask.png"), "is a mask by its name, beside its image"),
+        (("rgb/{i}.png", "depth/{i}.png"), "lies in depth, a folder of masks"),
+        (("images/{i}.png", "mask_images/{i}.png"), "lies in mask_images, a folder of masks"),
+        (("images/{i}.png", "1st_manual/{i}.png"), "lies in 1st_manual, a folder of masks"),
     ],
 )
 def test_masks_are_not_trained_on(tmp_path, patterns, left):

@@ -55,7 +55,7 @@ from musigma.data.readers.images import (
 from musigma.data.readers.layout import layout, official_masks
 from musigma.data.tables import LABEL_NAMES
 
-RULES = "4"  # version of how folders and files beside images are read; older indices are stale
+RULES = "5"  # version of how folders and files beside images are read; older indices are stale
 BESIDE = (".cls", ".json", ".txt")  # suffixes of label files, the most reliable first
 WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
 MANY = 10_000  # files from which surveying them shows progress

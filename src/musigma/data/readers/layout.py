@@ -6,6 +6,7 @@ The names of parts are recognized in their usual spellings. Files beside folders
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ PREFIX, SUFFIX = "(?:images?|imgs?|public|private|official)?", "(?:sets?|data|im
 SPELLINGS: dict[Part, re.Pattern[str]] = {
     part: re.compile(PREFIX + words + SUFFIX)
     for part, words in (
-        ("train", "(?:train|training|trn)"),
+        ("train", "(?:train|training|trn|trainval)"),
         ("validation", "(?:val|valid|validation|validate|dev|devel|development|eval|evaluation)"),
         ("test", "(?:test|testing|tst|holdout|heldout)"),
     )
@@ -34,15 +35,22 @@ BESIDE_TRAIN = re.compile(
 TRUTH = re.compile("groundtruths?|gts?")
 MASKS = re.compile(
     f"{TRUTH.pattern}|(seg|segmentation|label|image|img)?(masks?|labels?|annotations?|annots?)|"
-    "segmentations?|segmentation(class|object)|segs?|semantic|targets?"
+    "segmentations?|segmentation(class|object)|segs?|semantic|targets?|"
+    "manuals?|trimaps?|contours?|instances?|depths?|disparity"
 )
 IMAGES = re.compile("images?|imgs?|jpe?gimages|photos?|pictures?|pics|rgb|inputs?|raw|originals?")
+WORDS = re.compile("[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[^\\W\\d_]+|[0-9]+")
 MASK_OF = re.compile("(.+?)[-_ .](masks?|gt|seg|segmentation|groundtruth)", re.IGNORECASE)
 
 
 def _plain(name: str) -> str:
     """A name without case, punctuation and trailing digits."""
     return re.sub(r"[\W_]", "", name.lower()).rstrip("0123456789")
+
+
+def _is_called(name: str, pattern: re.Pattern[str]) -> bool:
+    """Whether a name, or a word of it, matches a pattern."""
+    return any(map(pattern.fullmatch, (_plain(name), *map(str.lower, WORDS.findall(name)))))
 
 
 @cache
@@ -108,7 +116,7 @@ def layout(paths: Sequence[str]) -> Layout:
     >>> found.left_out
     {3: 'lies in neither train nor test'}
     """
-    folders = [tuple(path.split("/")[:-1]) for path in paths]
+    folders = _apart([tuple(path.split("/")[:-1]) for path in paths])
     out = {
         i: f"lies in {name}, a folder of the operating system"
         for i, folder in enumerate(folders)
@@ -121,7 +129,7 @@ def layout(paths: Sequence[str]) -> Layout:
     if depths:
         at = {i: depths[folders[i]] for i in kept if folders[i] in depths}
         parts = {i: part_of(folders[i][level]) for i, level in at.items()}
-        inner = {i: folders[i][:level] + folders[i][level + 1 :] for i, level in at.items()}
+        inner = {i: _without(folders[i], level) for i, level in at.items()}
         names = [part for part in SPELLINGS if part in parts.values()]
         where = "in neither" if len(names) > 1 else "beside"
         out |= {i: f"lies {where} {' nor '.join(names)}" for i in kept if i not in parts}
@@ -138,6 +146,12 @@ def layout(paths: Sequence[str]) -> Layout:
     return Layout(array(parts), array(classes), unclassed, out)
 
 
+def _without(folder: Folder, level: int) -> Folder:
+    """A folder without one of its levels, nor the next if it has the same name (train/train)."""
+    again = folder[level : level + 1] == folder[level + 1 : level + 2]
+    return folder[:level] + folder[level + 1 + again :]
+
+
 def _children(folders: Iterable[Folder]) -> dict[Folder, set[str]]:
     """The names of the folders in each folder."""
     children: dict[Folder, set[str]] = defaultdict(set)
@@ -145,6 +159,48 @@ def _children(folders: Iterable[Folder]) -> dict[Folder, set[str]]:
         for depth, name in enumerate(folder):
             children[folder[:depth]].add(name)
     return children
+
+
+def _apart(folders: Sequence[Folder]) -> list[Folder]:
+    """Folders whose names hold a part and more, where others differ in the part, as two folders.
+
+    >>> _apart([("x_train",), ("x_test",)]), _apart([("train_cat",), ("test_cat",), ("test_dog",)])
+    ([('train',), ('test',)], [('train', 'cat'), ('test', 'cat'), ('test', 'dog')])
+    >>> _apart([("bullet_train",), ("crash_test",)])
+    [('bullet_train',), ('crash_test',)]
+    """
+    apart: dict[Folder, Folder] = {}
+    for parent, names in _children(folders).items():
+        found: dict[str, tuple[str, list[re.Match[str]]]] = {}  # parts, and the other words
+        for name in names if not _hold_parts(names) else ():
+            words = list(WORDS.finditer(name))
+            at = [i for i, word in enumerate(words) if part_of(word[0])]
+            if len(at) == 1:
+                before, after = words[: at[0]], words[at[0] + 1 :]
+                counts = all(word[0].isdigit() for word in before)  # 01_train
+                found[name] = words[at[0]][0], after if counts else before + after
+        rests = {name: tuple(word[0] for word in rest) for name, (_, rest) in found.items()}
+        parts: dict[Folder, set[Part | None]] = defaultdict(set)
+        for name, (part, _) in found.items():
+            parts[rests[name]].add(part_of(part))
+        if not any(map(_are_parts, parts.values())):
+            continue
+        shared = len(posixpath.commonprefix(list(parts)))
+        for name, (part, rest) in found.items():
+            own = rest[shared:] if len(parts) > 1 else []
+            inner = name[own[0].start() : own[-1].end()].replace(part, "") if own else ""
+            apart[(*parent, name)] = (part, inner) if inner else (part,)
+    if not apart:
+        return list(folders)
+    return [
+        tuple(
+            new
+            for depth, name in enumerate(folder)
+            if not (depth and name == folder[depth - 1] and folder[:depth] in apart)
+            for new in apart.get(folder[: depth + 1], (name,))
+        )
+        for folder in folders
+    ]
 
 
 def _part_depths(folders: Sequence[Folder]) -> dict[Folder, int]:
@@ -163,10 +219,9 @@ def _part_depths(folders: Sequence[Folder]) -> dict[Folder, int]:
         return {}  # a class that happens to have such folders inside
     found = {}
     for folder in unique:
-        for at, name in enumerate(folder):
-            if folder[:at] in holders and part_of(name):
-                found[folder] = at
-                break
+        at = next((at for at in range(len(folder)) if folder[:at] in holders), None)
+        if at is not None and part_of(folder[at]):
+            found[folder] = at
     return found
 
 
@@ -183,10 +238,11 @@ def _masks(paths: Sequence[str], folders: Mapping[int, Folder]) -> dict[int, str
     """Files that are masks of others: in a folder beside that of the images, or by their name."""
     masks = set()
     for parent, names in _children(folders.values()).items():
-        images = any(IMAGES.fullmatch(_plain(name)) for name in names)
+        usual = {name for name in names if _is_called(name, MASKS)}
+        images = any(_is_called(name, IMAGES) for name in names - usual)
         for name in names:
             sure = TRUTH.fullmatch(_plain(name)) and len(names) > 1
-            if sure or (images and MASKS.fullmatch(_plain(name))):
+            if sure or (images and name in usual):
                 masks.add((*parent, name))
     out = {}
     split = {i: paths[i].rpartition("/") for i in folders}
