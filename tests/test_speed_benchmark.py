@@ -38,6 +38,7 @@ from benchmarks.speed.run import Plan, against, run
 from benchmarks.speed.runners import Conditions, InProcess, Subprocess
 from benchmarks.speed.tables import BEGIN, END, line, markdown, place
 from benchmarks.speed.workloads import WORKLOADS, select
+from musigma.distributions.levels import LogisticRead
 from musigma import objectives
 
 pytestmark = pytest.mark.slow
@@ -622,6 +623,16 @@ def test_flows_of_vectors_have_one_memory_layout(flow):
         subject.calls["step"]()
         data = mixed_layouts(lambda: subject.model.layers[0](torch.randn(tabular.BATCH, 43)))
         assert mixed_layouts(subject.calls["step"]) <= data + 1
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_the_likelihood_of_color_images_computes_on_planes_of_pixels(memory):
+    read = LogisticRead(3, 256, components=5, coupled=True)
+    h = torch.randn(2, read.outputs, 8, 8).contiguous(memory_format=memory).requires_grad_()
+    x = torch.randint(0, 256, (2, 3, 8, 8)).float().contiguous(memory_format=memory)
+    assert read(h).means.stride()[-2:] == read(h).log_scale.stride()[-2:] == (8, 1)
+    copies = 4 if memory is torch.channels_last else 0
+    assert kernels(lambda: read(h).log_prob(x).sum().backward()) <= 89 + copies
 
 
 KERNELS = {

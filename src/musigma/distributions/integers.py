@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 from musigma.context import conditioned
-from musigma.distributions.levels import log_between
+from musigma.distributions.levels import log1mexp
 from musigma.gaussian import EventDistribution, Format, Shape
 from musigma.tensors import at_least_float32, gumbel_like, per_example
 
@@ -60,7 +61,8 @@ class IntegerLogisticMixture(EventDistribution):
         """Log mass in nats, of the batch shape."""
         centered = at_least_float32(value).unsqueeze(self.axis) - self.means
         width = (-self.log_scale).exp()
-        mass = log_between((centered - 0.5) * width, (centered + 0.5) * width, width)
+        below, above = (centered - 0.5) * width, (centered + 0.5) * width
+        mass = F.logsigmoid(above) + F.logsigmoid(-below) + log1mexp(width)
         return self._sum(torch.logsumexp(mass + self.log_weights, self.axis))
 
     @property

@@ -262,28 +262,26 @@ class DiscretizedLogisticMixture(EventDistribution):
 
     def log_prob_of_elements(self, value: Tensor) -> Tensor:
         """Log mass of each pixel in nats, all channels together, shape (B, H, W)."""
-        value = at_least_float32(value).unsqueeze(1)
+        value = at_least_float32(value).contiguous().unsqueeze(1)
         half = 1 / (self.levels - 1)
-        centered = 2 * half * value - 1 - self._shifted(value.expand_as(self.means))
+        centered = 2 * half * value - 1 - self._shifted(value)
         inverse = (-self.log_scale).exp()
         below, above = (centered - half) * inverse, (centered + half) * inverse
-        top, bottom = value >= self.levels - 1, value <= 0
-        inside = log_between(below, above, 2 * half * inverse)
-        mass = torch.where(bottom, F.logsigmoid(above), inside)
-        mass = torch.where(top, F.logsigmoid(-below), mass)
+        log_cdf, log_survival = F.logsigmoid(above), F.logsigmoid(-below)
+        mass = log_cdf + log_survival + log1mexp(2 * half * inverse)
+        mass = torch.where(value <= 0, log_cdf, mass)
+        mass = torch.where(value >= self.levels - 1, log_survival, mass)
         return torch.logsumexp(mass.sum(2) + self.log_weights, 1)
 
     def _shifted(self, value: Tensor) -> Tensor:
-        """Component means given the values of earlier channels: (B, K, C, H, W)."""
+        """Component means given the values (B, 1, C, H, W) of earlier channels."""
         if self.coefficients is None:
             return self.means
         x = 2 * value / (self.levels - 1) - 1
-        channels, at = [self.means[:, :, 0]], 0
-        for c in range(1, self.means.shape[2]):
-            shift = (self.coefficients[:, :, at : at + c] * x[:, :, :c]).sum(2)
-            channels.append(self.means[:, :, c] + shift)
-            at += c
-        return torch.stack(channels, 2)
+        first, *means = self.means.unbind(2)
+        parts = self.coefficients.split([*range(1, len(means) + 1)], 2)
+        shifted = (m + (w * x[:, :, : w.shape[2]]).sum(2) for m, w in zip(means, parts, strict=True))
+        return torch.stack([first, *shifted], 2)
 
     def sample(self, sample_shape: Shape = (), *, temperature: float | Tensor = 1.0) -> Tensor:
         """Draw levels; component logits are divided by `temperature`, scales multiplied by it."""
@@ -342,9 +340,9 @@ class DiscretizedLogisticMixture(EventDistribution):
         return torch.stack(drawn, 1)
 
 
-def log_between(below: Tensor, above: Tensor, width: Tensor) -> Tensor:
-    """log(σ(above) - σ(below)), accurate at any distance; `width` is above - below."""
-    return F.logsigmoid(above) + F.logsigmoid(-below) + torch.log(-torch.expm1(-width))
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(-x)), for x > 0."""
+    return torch.log(-torch.expm1(-x))
 
 
 FORMAT = Format(dim=2, bounds=(-7.0, 7.0), offset=-2.0)
@@ -375,17 +373,26 @@ class LogisticRead:
 
     def __call__(self, h: Tensor) -> DiscretizedLogisticMixture:
         """The distribution."""
-        mean, log_scale = FORMAT.split(self._scales(h))
-        h = h.unflatten(1, (self.components, -1))
-        coefficients = h[:, :, 1 + 2 * self.channels :].tanh() if self.coupled else None
-        return DiscretizedLogisticMixture(h[:, :, 0], mean, log_scale, self.levels, coefficients)
+        logits, scales, coefficients = self._parts(h)
+        mean, log_scale = FORMAT.split(scales)
+        coefficients = coefficients.tanh() if self.coupled else None
+        return DiscretizedLogisticMixture(
+            logits[:, :, 0], mean, log_scale, self.levels, coefficients
+        )
 
     def saturation(self, h: Tensor) -> Tensor:
         """The share of scales at a limit."""
-        return FORMAT.saturation(self._scales(h))
+        return FORMAT.saturation(self._parts(h)[1])
 
-    def _scales(self, h: Tensor) -> Tensor:
-        return h.unflatten(1, (self.components, -1))[:, :, 1 : 1 + 2 * self.channels]
+    def _parts(self, h: Tensor) -> tuple[Tensor, ...]:
+        """Logits, means with raw scales, and coefficients, each (B, K, ..., H, W).
+
+        Pixels come last in memory, since values are the same for all components: where channels
+        come last, operations on both take four times as long.
+        """
+        h = h.contiguous().unflatten(1, (self.components, -1))
+        each = h.shape[2]
+        return h.split([1, 2 * self.channels, each - 1 - 2 * self.channels], 2)
 
 
 @register_likelihood("logistic", data="levels")
