@@ -38,8 +38,8 @@ from benchmarks.speed.run import Plan, against, run
 from benchmarks.speed.runners import Conditions, InProcess, Subprocess
 from benchmarks.speed.tables import BEGIN, END, line, markdown, place
 from benchmarks.speed.workloads import WORKLOADS, select
-from musigma.distributions.levels import LogisticRead
 from musigma import objectives
+from musigma.distributions.levels import LogisticRead
 
 pytestmark = pytest.mark.slow
 

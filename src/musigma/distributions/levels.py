@@ -280,8 +280,8 @@ class DiscretizedLogisticMixture(EventDistribution):
         x = 2 * value / (self.levels - 1) - 1
         first, *means = self.means.unbind(2)
         parts = self.coefficients.split([*range(1, len(means) + 1)], 2)
-        shifted = (m + (w * x[:, :, : w.shape[2]]).sum(2) for m, w in zip(means, parts, strict=True))
-        return torch.stack([first, *shifted], 2)
+        shifts = ((part * x[:, :, : part.shape[2]]).sum(2) for part in parts)
+        return torch.stack([first, *map(torch.add, means, shifts)], 2)
 
     def sample(self, sample_shape: Shape = (), *, temperature: float | Tensor = 1.0) -> Tensor:
         """Draw levels; component logits are divided by `temperature`, scales multiplied by it."""
