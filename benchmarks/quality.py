@@ -37,9 +37,9 @@ MODELS = {
     "glow-10-uniform": (10, "glow mnist --dequantize uniform"),
     "glow-60-uniform": (60, "glow mnist --dequantize uniform"),
     "glow-fashion": (30, "glow fashion-mnist"),
-    "color-vae": (60, "vae cifar10-jpeg.tar.xz"),
+    "color-vae": (25, "vae cifar10-jpeg.tar.xz"),
     "color-ladder": (60, "ladder cifar10-jpeg.tar.xz"),
-    "color-glow": (60, "glow cifar10-jpeg.tar.xz"),
+    "color-glow": (35, "glow cifar10-jpeg.tar.xz"),
 }
 PEERS = {"pythae": (10, "pythae", "mnist"), "normflows": (10, "normflows", "mnist")}
 """Minutes, library and images; pythae's VAE gets binarized ones."""
