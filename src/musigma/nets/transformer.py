@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from musigma.context import join
 from musigma.memory import recomputed
+from musigma.nets.attention import attend
 from musigma.nets.vectors import residual_branch
 
 __all__ = ["Attention", "CausalTransformer", "Transformer", "waves"]
@@ -70,7 +71,7 @@ class Attention(nn.Module):
         q, k, v = self.enter(self.norm(h)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
             k, v = cache.extended((k, v), start)
-        return self.leave(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.leave(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class TransformerBlock(nn.Module):

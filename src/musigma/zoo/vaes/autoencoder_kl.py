@@ -14,6 +14,7 @@ from musigma.distributions import StandardNormal, StandardUniform
 from musigma.gaussian import Format, GaussianHead
 from musigma.layers import Dequantize, Rescale
 from musigma.model import VAE, Chain, Model, Prior
+from musigma.nets.attention import attend
 from musigma.zoo import architecture, at_least
 from musigma.zoo.parts import image_shape
 
@@ -185,7 +186,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The output."""
         h = self.group_norm(x).flatten(2).transpose(1, 2)
-        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        h = attend(self.to_q(h), self.to_k(h), self.to_v(h))
         return x + self.to_out[0](h).transpose(1, 2).reshape(x.shape)
 
 
