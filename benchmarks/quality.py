@@ -37,6 +37,7 @@ MODELS = {
     "glow-10-uniform": (10, "glow mnist --dequantize uniform"),
     "glow-60-uniform": (60, "glow mnist --dequantize uniform"),
     "glow-fashion": (30, "glow fashion-mnist"),
+    "glow-fashion-haar": (60, "glow fashion-mnist --squeeze haar --batch-size 32"),
     "color-vae": (25, "vae cifar10-jpeg.tar.xz"),
     "color-ladder": (60, "ladder cifar10-jpeg.tar.xz"),
     "color-glow": (35, "glow cifar10-jpeg.tar.xz"),

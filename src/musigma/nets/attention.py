@@ -34,8 +34,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """
     if q.device.type != "cpu" or k.shape[-2] >= LONG:
         return F.scaled_dot_product_attention(q, k, v, mask)
+    q, k, v = map(at_least_float32, (q, k, v))
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(*map(at_least_float32, (q, k, v)), mask)
+        return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 class _ChannelNorm(nn.LayerNorm):
