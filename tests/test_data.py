@@ -941,7 +941,7 @@ def test_npz_that_cannot_be_used(tmp_path):
         ("a,b\n", "holds no examples"),
         ("a,b\n1,2\n3,four\n", "line 3, column 'b' is 'four', not a number"),
         ("1,2\n3,\n", "line 2, column 2 is missing: fill or drop it; or pass --skip-bad"),
-        ("a,b\n1,2\n3\n", "line 3 has 1 cells and the first line 2"),
+        ("a,b\n1,2\n3\n", "line 3 has 1 cell and the first line 2"),
         (",a\n0.5,2\n1,3\n", "column 1 has no name: name it, or drop it"),
         ("a,b\n1,2\n1,3\n", "column 'a' is constant in float32, where a density is infinite"),
         ("a,b\n1,2\n1,2\n", "column 'a', column 'b' are constant"),

@@ -542,12 +542,13 @@ def test_images_that_are_not_finite_are_named_or_left_out(tmp_path):
 
 
 def test_all_columns_of_text_are_named(tmp_path):
-    rows = [[f"2019-06-{i % 28 + 1:02}", ["red", "green"][i % 2], i / 3] for i in range(40)]
-    path = save_csv(tmp_path / "x.csv", [["day", "hue", "v"], *rows])
+    rows = [[f"2019-06-{i % 28 + 1:02}", ["red", "green"][i % 2], i / 3, 7] for i in range(40)]
+    path = save_csv(tmp_path / "x.csv", [["day", "hue", "v", "site"], *rows])
     with fails(
-        "2 columns cannot be used",
+        "3 columns cannot be used",
         "column 'day' holds dates or times, such as '2019-06-01': read .* convert it",
         "column 'hue' holds text, such as 'red': read .* name it 'label' .*--given hue",
+        r"column 'site' is constant \(7\): drop it",
     ):
         load(path)
 
@@ -630,6 +631,120 @@ def test_groups_of_digits(tmp_path):
     (tmp_path / "x.csv").write_text("T;U\n1,5;2\n3.5;1\n2,5;7\n")
     with fails("line 3, column 'T' is '3.5', not a number"):
         load(tmp_path / "x.csv")
+
+
+def written(line, header="a,b,c", end="\n"):
+    """A table of 40 rows, whose lines `line` makes of two numbers and the number of the row."""
+    rows = [line(*row, i) for i, row in enumerate(X[:40].tolist())]
+    return end.join([header, *rows]) + end
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        (written("{:.2f},{:.2f},{}".format, "Station 7\nof 2019\n\na,b,c"), "2 lines are left"),
+        (written("{:.2f};{:.2f};{}".format, "by;me\na;b;c"), "1 line is left out before"),
+        (written(lambda a, b, i: f'"{i + 1}" {a} {b} {i}', '"a" "b" "c"'), "taken as names of"),
+        (written("{},{},{},".format), "column 4, which has no name, is empty"),
+        (written("{},{},{}\n,,".format), "40 lines have only empty cells: left out"),
+    ],
+)  # fmt: skip
+def test_lines_around_a_table_are_left_out(tmp_path, text, note):
+    (tmp_path / "x.csv").write_text(text)
+    for kind in (None, "infer"):
+        data = load(tmp_path / "x.csv", schema=kind)
+        assert data.columns == ("a", "b", "c")
+        np.testing.assert_allclose(data.x[:, :2], X[:40], rtol=1e-6)
+        assert data.x[:, 2].tolist() == list(range(40))
+        assert any(note in text for text in data.notes) or kind
+
+
+@pytest.mark.parametrize(
+    ("cell", "value"),
+    [("−{0}", -1), ("{1}'{2}.5", 1), ("{1} {2},5", 1), ("{1}\u202f{2},5", 1), ("{1} {2}", 1)],
+)
+def test_signs_between_digits_are_read(tmp_path, cell, value):
+    whole = [1000 + 7 * i for i in range(40)]
+    rows = [cell.format(w, w // 1000, f"{w % 1000:03}") + f";{i}" for i, w in enumerate(whole)]
+    (tmp_path / "x.csv").write_text("\n".join(["a;b", *rows]))
+    data = load(tmp_path / "x.csv")
+    expected = value * (np.array(whole) + (0.5 if "5" in cell else 0))
+    np.testing.assert_array_equal(data.x[:, 0], expected.astype(np.float32))
+    assert any("are read as such" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "{0}%",
+        "{0} kg",
+        "${0}",
+        "({0})",
+        "{0}D+02",
+        "{0}-",
+        "{0}°N",
+        "05h12m{0}s",
+        "USD {0}",
+        "€{0}",
+    ],
+)
+@pytest.mark.parametrize("kind", [None, "infer"])
+def test_numbers_with_units_are_no_names_of_rows(tmp_path, cell, kind):
+    rows = [f"{cell.format(f'{100 + i / 8:.3f}')},{b}" for i, (_, b) in enumerate(X.tolist())]
+    (tmp_path / "x.csv").write_text("\n".join(["a,b", *rows]))
+    shown = re.escape(repr(cell.format("100.000")))
+    with fails(f"column 'a' holds numbers with units or signs, such as {shown}: write plain"):
+        load(tmp_path / "x.csv", schema=kind)
+    for name in ("S-{0}", "p{0}", "{0}_7", "a-{0}.png", "10.0.0.{0}"):
+        rows = [f"{name.format(i)},{b}" for i, (_, b) in enumerate(X.tolist())]
+        (tmp_path / "x.csv").write_text("\n".join(["a,b", *rows]))
+        assert load(tmp_path / "x.csv", schema=kind).columns == ("b",)
+
+
+def test_codes_are_not_read_as_numbers_in_silence(tmp_path):
+    (tmp_path / "x.csv").write_text(written("{2:05},{0},{1}".format, "zip,a,b"))
+    assert any(
+        "'zip' is text, such as '00000', and is read as" in n
+        for n in load(tmp_path / "x.csv").notes
+    )
+    (tmp_path / "x.csv").write_text(written("{2}_1,{0},{1}".format, "plate,a,b"))
+    assert load(tmp_path / "x.csv").columns == ("a", "b")  # 12_1 is not 121
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (written("{},{},{}".format, "g,h,h2\na,b,c"), "line 2 holds words where .* remove it"),
+        (written("{},{},{}".format, "a,b,c\nm,kg,s"), "line 2 holds words where .* remove it"),
+        (written("{},{},{}".format, "a,b"), "the first line has 2 cells and all others 3: give"),
+        (written(lambda a, b, i: f'{a},{b},{chr(34) * (i == 20)}x{i % 3}', "a,b,label"),
+         'line 22 opens a quotation mark (") that is never closed: close it'),
+        ("<!DOCTYPE html><p>404", "is a web page or XML: fetch it again"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "run git lfs pull"),
+        ('[{"a": 1, "b": 2}]', "is JSON: write the table as .csv"),
+        ("PK\3\4 rest", "is a zip archive or an Excel workbook: unpack it"),
+        ("\1\2\3\4" * 99, "is no text: give a table of text"),
+        (written(lambda a, b, i: f"{a},{b if i else 'x' * 99},{i}"), "is 'x{40}...', not a"),
+    ],
+)  # fmt: skip
+def test_causes_of_tables_that_cannot_be_read_are_named(tmp_path, text, message):
+    (tmp_path / "x.csv").write_text(text)
+    with fails(message.replace("(", r"\(").replace(")", r"\)")):
+        load(tmp_path / "x.csv")
+
+
+def test_utf_16_is_recognized_without_its_mark(tmp_path):
+    for encoding in ("utf-16-le", "utf-16-be"):
+        (tmp_path / "x.csv").write_bytes(written("{},{},{}".format, "ä,b,c").encode(encoding))
+        assert load(tmp_path / "x.csv").columns == ("ä", "b", "c")
+
+
+def test_dates_of_several_formats_are_no_categories(tmp_path):
+    days = [f"2019-06-{i + 1:02}" if i % 2 else f"{i + 1:02}.06.2019" for i in range(28)]
+    rows = [f"{days[i % 28]},{a}" for i, (a, _) in enumerate(X.tolist())]
+    (tmp_path / "x.csv").write_text("\n".join(["day,a", *rows]))
+    with fails("'day' holds dates or times in no format .* such as '01.06.2019' and '2019-06-02'"):
+        load(tmp_path / "x.csv", schema="infer")
 
 
 def test_an_empty_column_at_the_end_is_left_out(tmp_path):

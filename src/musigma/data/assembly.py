@@ -19,10 +19,13 @@ from musigma.data.dataset import Dataset, Given, Hashes
 from musigma.data.errors import all_faults, listing, named, printable
 from musigma.data.pairs import chosen, leave_out, note_left_out, unusable_cells, varying
 from musigma.data.raw import Request, as_labels
+from musigma.data.sampling import different
 from musigma.data.sequences import trimmed
 from musigma.data.tables import (
     LABEL_NAMES,
     LOOKED_AT,
+    PADDED,
+    TYPED,
     Table,
     Words,
     as_lists,
@@ -31,6 +34,8 @@ from musigma.data.tables import (
     is_number,
     list_fault,
     names_rows,
+    unit_fault,
+    with_units,
 )
 from musigma.schema import Schema
 
@@ -78,6 +83,8 @@ def roles(table: Table, request: Request) -> Roles:
             f"has {len(found.data)} columns without names, and the model needs "
             f"{len(wanted)}: {named(wanted, 20)}"
         )
+    if wanted and not names:
+        request.note(f"columns have no names, and are taken in this order: {named(wanted, 20)}")
     faults = {}
     for j in found.given:
         if table.kinds[j] == "other":
@@ -99,9 +106,22 @@ def roles(table: Table, request: Request) -> Roles:
             cells = [cell for cell in table.cells(j, LOOKED_AT) if not is_missing(cell)]
             words = (cell for cell in cells if not is_number(cell))
             cell = next(words, cells[0] if cells else "")
-            faults[table.called(j)] = column_fault(names[j] if names else None, cell)
+            if units := with_units(cells[:1000]):
+                faults[table.called(j)] = unit_fault(units)
+            else:
+                faults[table.called(j)] = column_fault(names[j] if names else None, cell)
         elif names and not names[j]:
             faults[f"column {j + 1}"] = "has no name: name it, or drop it"
+        elif "string" in table.storage[j]:
+            cells = table.cells(j, LOOKED_AT)
+            cell = next(filter(PADDED.match, cells), cells[0] if cells else "")
+            request.note(
+                f"{table.called(j)} is text, such as {cell!r}, and is read as numbers: if these "
+                f"are codes, {TYPED}, or drop it"
+            )
+    for j in found.data if faults and not request.allow_constant else ():
+        if table.kinds[j] == "number" and len(values := different(table.numbers(j))) == 1:
+            faults[table.called(j)] = f"is constant ({values[0]:g}): drop it"
     if len(faults) == 1:
         ((name, reason),) = faults.items()
         raise request.error(f"{name} {reason}")
@@ -116,7 +136,8 @@ def refuse_twice(names: Sequence[str], request: Request) -> None:
     """Refuse columns of one name."""
     if twice := sorted(repr(name) for name, n in Counter(names).items() if name and n > 1):
         raise request.error(
-            f"several columns are called {named(twice)}: give each a name of its own"
+            f"several columns are called {named(twice)}: give each a name of its own, in one line "
+            "of names"
         )
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,15 +16,27 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from musigma.data import times
+from musigma.data.errors import named
 from musigma.data.raw import Request, allocate
 from musigma.data.sampling import different
-from musigma.data.tables import PADDED, Table, Words, is_number, names_rows, text_of
+from musigma.data.tables import (
+    DATE,
+    PADDED,
+    Table,
+    Words,
+    is_number,
+    names_rows,
+    text_of,
+    unit_fault,
+    with_units,
+)
 from musigma.schema import LEVELLED, Column, Schema
 
 BOOLEANS = [set(pair.split()) for pair in ("false true", "no yes", "f t", "n y", "off on", "0 1")]
 GRIDS = range(7)  # decimals after which a grid is no longer looked for
 PLAIN = 2  # decimals that are a grid even where most values differ
 EXACT = 2**53  # whole numbers from here on are not exact in float64
+MANY = 20  # different words that may be categories although they are numbers with units
 REASONS = 5  # different faults of the cells of a column that are named
 
 TIMES = ("date", "datetime")
@@ -143,6 +156,17 @@ class _Content:
             return "boolean"
         if found := times.format_of(list(texts)):
             return found.kind
+        words = list(texts)
+        if len(words) > MANY and (cell := with_units(words[:1000])):
+            raise _Unusable(unit_fault(cell))
+        if len(words) > 2 and all(map(DATE.fullmatch, words)):
+            pattern = re.sub(r"\d", "0", words[0])
+            other = next((w for w in words if re.sub(r"\d", "0", w) != pattern), words[-1])
+            raise _Unusable(
+                f"holds dates or times in no format that is known, such as {words[0]!r} and "
+                f"{other!r}: write all as 2026-12-31 or 2026-12-31 17:30, or call it a category "
+                "in a schema"
+            )
         if len(texts) == self.table.rows > 1:
             raise _LeftOut("is different in every row: it names rows, and is not data")
         if len(texts) > max(2, n / 2):
@@ -289,7 +313,9 @@ def infer(table: Table, request: Request, which: Sequence[int]) -> tuple[Schema,
     columns, faults = [], {}
     for j in which:
         if not (name := names(table)[j]):
-            if not names_rows(table, j):
+            if table.kinds[j] == "empty":
+                request.note(f"column {j + 1}, which has no name, is empty, and is left out")
+            elif not names_rows(table, j):
                 faults[f"column {j + 1}"] = "has no name: name it, or drop it"
             continue
         content = _Content(table, j, name)
@@ -357,9 +383,11 @@ def encode(
         content = _Content(table, known[column.name])
         x[:, k], wrong = _encoded(content, column, request.unseen)
         if column.has_levels and (n := int((x[:, k] == len(column.levels)).sum())):
+            levels = {_normal(level, column.kind) for level in column.levels}
+            new = [repr(t) for t in content.texts if _normal(t, column.kind) not in levels]
             request.note(
-                f"column {column.name!r}: {n:,} of {len(x):,} values are not in the schema, and "
-                "have the probability of unknown levels"
+                f"column {column.name!r}: {n:,} of {len(x):,} values are not in the schema "
+                f"({named(new)}), and have the probability of unknown levels"
             )
         x[np.isnan(x[:, k]), k] = np.nan  # NaN have signs, and equal rows have equal bytes
         bad[list(wrong)] = True

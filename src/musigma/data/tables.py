@@ -21,16 +21,31 @@ ID_NAME = re.compile(
 )
 CAMEL_ID = re.compile(r".*[a-z]I[dD]")
 TYPED = "read columns with their types (--schema infer)"
+WIDTH = 40  # characters of a cell that a message shows
 LOOKED_AT = 100_000  # cells that decide the kind of a column of a large table
 MISSING = frozenset(
     ["", "na", "n/a", "#n/a", "nan", "null", "none", "nil", "missing", "?", "-", "--", "."]
 )
 DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([ T].*)?|\d{1,2}:\d{2}(:\d{2})?.*")
-COMMA_DECIMAL = re.compile(r"[+-]?(\d{1,3}(\.\d{3})+|\d*)(,\d+)?([eE][+-]?\d+)?")
-COMMA_GROUPS = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d*)(\.\d*)?([eE][+-]?\d+)?")
+SIGN, GROUPS, EXPONENT = (
+    r"[+\-−]?",
+    r"([1-9]\d{0,2}([%s\s'’])\d{3}(\2\d{3})*|\d*)",
+    r"([eE][+-]?\d+)?",
+)
+COMMA_DECIMAL = re.compile(SIGN + GROUPS % "." + r"(,\d+)?" + EXPONENT)
+COMMA_GROUPS = re.compile(SIGN + GROUPS % "," + r"(\.\d*)?" + EXPONENT)
+MARKED = (
+    re.compile(  # a number with a currency or a unit, in parentheses, or with an exponent 1D+02
+        r"[(<>≤≥~]?\s*([A-Z]{0,2}[$€£¥₹₽]|(USD|EUR|GBP|CHF|JPY|CNY|INR)\s?)?\s*"
+        r"[+\-−]?\s*[$€£¥₹₽]?(?P<number>[.,]?\d([\d.,'’\s]*\d)?)"
+        r"(?P<unit>[dD][+-]\d+|\s*([%‰°\"′″]|[^\W\d_])[^\d_]{0,11}|)\s*\)?"
+    )
+)
 PADDED = re.compile(r"\s*[+-]?0\d")  # digits that are not a number: 007
 WHOLE = re.compile(r"\s*[+-]?\d+(\.0*)?\s*")
 LIST = re.compile(r"\s*[\[(]\s*[-+.\d].*[\])]\s*", re.DOTALL)
+DECIMAL = re.compile(r"[^.,]*\d[.,]\d+(?![.,]\d)[^.,]*")  # text with one number with decimals
+UNITS = 5  # different units of the numbers of a column
 LARGEST = np.finfo(np.float32).max
 
 Content = Literal["number", "text", "truth", "time", "list", "empty", "other"]
@@ -41,16 +56,27 @@ Convert = Callable[[str], float]
 
 
 def is_number(cell: str) -> bool:
-    """Whether `float` reads a cell.
+    """Whether a cell is a number with a decimal point, if any.
 
-    >>> is_number(" 1e3"), is_number("1,5"), is_number("nan")
-    (True, False, True)
+    >>> is_number(" 1e3"), is_number("1,5"), is_number("nan"), is_number("12_5")
+    (True, False, True, False)
     """
     try:
-        float(cell)
+        number(cell)
     except ValueError:
         return False
     return True
+
+
+def number(cell: str) -> float:
+    """The number in a cell as `float` reads it, without the underscores that Python allows.
+
+    >>> number(" 1e3")
+    1000.0
+    """
+    if "_" in cell:
+        raise ValueError(cell)
+    return float(cell)
 
 
 def text_of(value: Any) -> str:
@@ -62,6 +88,15 @@ def text_of(value: Any) -> str:
     if isinstance(value, float):
         return repr(value).removesuffix(".0")
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def is_plain(text: str) -> bool:
+    """Whether a text is a number in some convention, without units.
+
+    >>> is_plain("1.234,5"), is_plain("1 kg"), is_plain("10.0.0.1")
+    (True, False, False)
+    """
+    return bool(COMMA_DECIMAL.fullmatch(text) or COMMA_GROUPS.fullmatch(text))
 
 
 def is_missing(cell: Any) -> bool:
@@ -83,29 +118,29 @@ def is_called_id(name: str) -> bool:
 
 
 def comma_decimal(cell: str) -> float:
-    """A number with a decimal comma, and points, if any, between groups of three digits.
+    """A number with a decimal comma, and points, spaces or apostrophes between groups of digits.
 
-    >>> comma_decimal("1.234,5"), comma_decimal("20,63")
-    (1234.5, 20.63)
+    >>> comma_decimal("1.234,5"), comma_decimal("20,63"), comma_decimal("−1 234,5")
+    (1234.5, 20.63, -1234.5)
     """
     if not COMMA_DECIMAL.fullmatch(cell.strip()):
         raise ValueError(cell)
-    return float(cell.replace(".", "").replace(",", "."))
+    return float(re.sub(r"[.\s'’]", "", cell).replace(",", ".").replace("−", "-"))
 
 
 def comma_groups(cell: str) -> float:
-    """A number with a decimal point, and commas, if any, between groups of three digits.
+    """A number with a decimal point, and commas, spaces or apostrophes between groups of digits.
 
-    >>> comma_groups("1,234.5")
-    1234.5
+    >>> comma_groups("1,234.5"), comma_groups("1'234.5")
+    (1234.5, 1234.5)
     """
     if not COMMA_GROUPS.fullmatch(cell.strip()):
         raise ValueError(cell)
-    return float(cell.replace(",", ""))
+    return float(re.sub(r"[,\s'’]", "", cell).replace("−", "-"))
 
 
 def convention(cells: Sequence[str]) -> tuple[Convert | None, str]:
-    """How commas in numbers are to be read, from all cells with commas; and why they cannot be.
+    """How numbers with commas or groups of digits are to be read; and why they cannot be.
 
     >>> convention(["20,63", "1,234"])[0].__name__, convention(["1,234.5"])[0].__name__
     ('comma_decimal', 'comma_groups')
@@ -119,18 +154,46 @@ def convention(cells: Sequence[str]) -> tuple[Convert | None, str]:
         if all(pattern.fullmatch(cell.strip()) for cell in cells)
     ]
     if len(fitting) == 2:
-        cell = cells[0]
-        return None, f"{cell!r} may be {comma_groups(cell):g} or {comma_decimal(cell):g}"
-    return (fitting[0] if fitting else None), ""
+        doubtful = (cell for cell in cells if comma_groups(cell) != comma_decimal(cell))
+        if (cell := next(doubtful, None)) is not None:
+            return None, f"{cell!r} may be {comma_groups(cell):g} or {comma_decimal(cell):g}"
+    return (fitting[-1] if fitting else None), ""
+
+
+def with_units(cells: Sequence[str]) -> str | None:
+    """The first of some cells if all of them are numbers with units or signs; None otherwise.
+
+    >>> with_units(["1.5 kg", "300 g"]), with_units(["(5)", "$1,200.50"]), with_units(["p1", "p2"])
+    ('1.5 kg', '(5)', None)
+    """
+    texts = [cell.strip() for cell in cells if not is_missing(cell)]
+    found = [
+        m if (m := MARKED.fullmatch(text)) and is_plain(m["number"]) else None for text in texts
+    ]
+    units = {match["unit"].strip() for match in found if match and match["unit"][:1] not in "dD"}
+    if (None in found or len(units) > UNITS) and not all(map(DECIMAL.fullmatch, texts)):
+        return None
+    marked = [text for text in texts if not is_plain(text)]
+    return marked[0] if len(marked) > len(texts) / 2 else None
+
+
+def unit_fault(cell: str) -> str:
+    """Why a column of numbers with units is not data, and what to do."""
+    return (
+        f"holds numbers with units or signs, such as {cell[:WIDTH]!r}: write plain numbers, or "
+        "drop the column"
+    )
 
 
 def cell_fault(cell: str, doubt: str = "") -> str:
     """Why a cell of a column of numbers is not a number, and what to do."""
     if is_missing(cell):
         return "is missing: fill or drop it"
+    text = cell.strip()
     if doubt and "," in cell:
-        return f"is {cell.strip()!r}, and {doubt}: write numbers with decimal points"
-    return f"is {cell.strip()!r}, {_kind_of_text(cell)}: fill or drop it"
+        return f"is {text!r}, and {doubt}: write numbers with decimal points"
+    shown = repr(text if len(text) <= WIDTH else f"{text[:WIDTH]}...")
+    return f"is {shown}, {_kind_of_text(cell)}: fill or drop it"
 
 
 def number_fault(value: float) -> str:
@@ -150,8 +213,8 @@ def _kind_of_text(cell: str) -> str:
     text = cell.strip()
     if DATE.fullmatch(text):
         return "a date or time and not a number"
-    if text.endswith("%") or text[:1] in "$€£¥":
-        return "with a unit, and not a plain number"
+    if with_units([text]):
+        return "with a unit or a sign, and not a plain number"
     return "not a number"
 
 
@@ -320,5 +383,7 @@ def names_rows(table: Table, j: int) -> bool:
     if kind in ("empty", "other", "list") or (kind == "number" and not called):
         return False
     texts = table.cells(j, LOOKED_AT)
+    if not called and (len(texts) < 2 or with_units(texts[:1000])):
+        return False
     whole = kind == "text" or all(map(WHOLE.fullmatch, texts))
-    return whole and (called or len(texts) > 1) and len(set(texts)) == len(texts)
+    return whole and len(set(texts)) == len(texts)

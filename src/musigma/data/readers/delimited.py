@@ -16,13 +16,12 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from musigma.data.cache import float32
-from musigma.data.errors import damage, printable
+from musigma.data.errors import damage, impostor, printable
 from musigma.data.raw import Request
 from musigma.data.tables import (
-    COMMA_DECIMAL,
-    COMMA_GROUPS,
     LABEL_NAMES,
     PADDED,
+    WIDTH,
     Content,
     Convert,
     Table,
@@ -32,6 +31,8 @@ from musigma.data.tables import (
     is_called_id,
     is_missing,
     is_number,
+    is_plain,
+    number,
     number_fault,
 )
 
@@ -64,54 +65,117 @@ class Delimited(Table):
                 raise request.error("is empty: give a table of numbers")
             first = [printable(cell.strip()) for cell in first]
             start = [cells for _, cells in islice(_rows(path, form), 1, SAMPLE)]
+            first = self._names_of_all(first, start, request)
             self.padded = _columns_with(PADDED, start)
             self.points = _columns_with(re.compile(r".*\."), start)
-            self._parse(path, form, float, first)
+            self._parse(path, form, number, first)
             self._keep_texts(path, form, first)
-            commas = [
+            marked = [
                 cell
                 for j, cells in self.texts.items()
                 for cell, value in zip(cells[1:], self.values[1:, j], strict=True)
-                if np.isnan(value) and "," in cell and _may_be_number(cell)
+                if np.isnan(value) and _may_be_number(cell) and not is_missing(cell)
             ]
-            convert, self.doubt = convention(commas) if commas else (None, "")
+            convert, self.doubt = convention(marked) if marked else (None, "")
             if convert is not None:
                 self._parse(path, form, convert, first)
                 self._keep_texts(path, form, first)
-                how = "decimal commas" if convert is comma_decimal else "commas in numbers"
-                request.note(f"{how} are read as such: {commas[0]!r} is {convert(commas[0]):g}")
+                commas = [cell for cell in marked if "," in cell]
+                how = "signs between digits" if not commas else "commas in numbers"
+                how = "decimal commas" if commas and convert is comma_decimal else how
+                cell = (commas or marked)[0]
+                request.note(f"{how} are read as such: {cell!r} is {convert(cell):.10g}")
+        if self.quote:
+            raise request.error(
+                f'line {self.quote} opens a quotation mark (") that is never closed: close it, or '
+                "remove it"
+            )
+        if self.blank:
+            what = "1 line has" if self.blank == 1 else f"{self.blank:,} lines have"
+            request.note(f"{what} only empty cells: left out")
         numbers = (~np.isnan(self.values[0])).tolist()
         if _is_header(first, numbers, self.values[1:]):
             if all(numbers):
                 request.note(f"the first line, {','.join(first)}, is taken as names of columns")
             self.names, self.values, self.lines = tuple(first), self.values[1:], self.lines[1:]
             self.texts = {j: cells[1:] for j, cells in self.texts.items()}
-        self.rows, width = self.values.shape
-        self.kinds = [self._kind(j) for j in range(width)]
+        self._count()
+        while self.names and self.rows > 1 and self._repeats_header():
+            line = f"line {self.lines[0]}"
+            words = "holds words where the lines below hold numbers, like more names, or units"
+            self.ragged = {line: f"{words}: remove it", **self.ragged}
+            self.values, self.lines = self.values[1:], self.lines[1:]
+            self.texts = {j: cells[1:] for j, cells in self.texts.items()}
+            self._count()
+        width = len(self.kinds)
         self.storage = [self._storage(j) for j in range(width)]
+
+    @staticmethod
+    def _names_of_all(first: list[str], rows: list[list[str]], request: Request) -> list[str]:
+        """The first line, with an empty name added if it has a cell less than all other lines.
+
+        The column without a name is the last where it is empty, and the first if it names rows,
+        as R writes tables.
+
+        Raises:
+            DataError: If it is neither.
+        """
+        widths = {len(cells) for cells in rows}
+        if len(rows) < 3 or len(widths) > 1 or widths == {len(first)}:
+            return first
+        refusal = request.error(
+            f"the first line has {len(first)} cell{'s' * (len(first) > 1)} and all others "
+            f"{widths.pop()}: give each column one name"
+        )
+        if len(rows[0]) != len(first) + 1:
+            raise refusal
+        if not any(cells[-1].strip() for cells in rows):
+            return [*first, ""]
+        names = [cells[0].strip() for cells in rows]
+        counted = names == [str(i) for i in range(1, len(names) + 1)]
+        numbers = map(is_number, first if counted else first + names)
+        if len(set(names)) < len(names) or any(numbers):
+            raise refusal
+        request.note(
+            "the first line has a cell less than the others: their first cells are taken as names "
+            "of rows"
+        )
+        return ["", *first]
 
     def _parse(self, path: Path, form: _Format, convert: Convert, first: list[str]) -> None:
         """Read all numbers, the first line among them."""
         values, self.lines, self.ragged = array("d"), array("q"), {}
+        self.blank, self.quote, start, line, cells = 0, 0, 0, 0, []
 
-        def number(cell: str) -> float:
+        def number_or_nan(cell: str) -> float:
             try:
                 return convert(cell)
             except ValueError:
                 return np.nan
 
-        for line, cells in _rows(path, form):
+        for end, cells in _rows(path, form):
+            start, line = line + 1, end
+            if not self.lines:
+                cells = first
             if len(cells) != len(first):
                 self.ragged[f"line {line}"] = (
-                    f"has {len(cells)} cells and the first line {len(first)}: make them equal"
+                    f"has {len(cells)} cell{'s' * (len(cells) > 1)} and the first line "
+                    f"{len(first)}: make them equal"
                 )
+                continue
+            if _is_blank(cells):
+                self.blank += 1
                 continue
             try:
                 values.extend(list(map(convert, cells)))
             except ValueError:
-                values.extend(map(number, cells))
+                values.extend(map(number_or_nan, cells))
             self.lines.append(line)
         self.values = np.array(values).reshape(-1, len(first))
+        if any("\n" in cell for cell in cells):  # of the last line
+            with _open(path, form.encoding) as file:
+                if sum(text.count('"') for text in file) % 2:
+                    self.quote = start
 
     def _keep_texts(self, path: Path, form: _Format, first: list[str]) -> None:
         """Keep the text of columns that have cells other than numbers, or may name rows."""
@@ -122,10 +186,24 @@ class Delimited(Table):
             for j, name in enumerate(first)
             if gaps[j] or j in self.padded or is_called_id(name)
         }
-        for _, cells in _rows(path, form) if self.texts else ():
-            if len(cells) == len(first):
+        for line, cells in _rows(path, form) if self.texts else ():
+            if line == self.lines[0]:
+                cells = first
+            if len(cells) == len(first) and not _is_blank(cells):
                 for j, column in self.texts.items():
                     column.append(cells[j].strip())
+
+    def _count(self) -> None:
+        """Set the number of rows, and what each column holds."""
+        self.rows, width = self.values.shape
+        self.kinds = [self._kind(j) for j in range(width)]
+
+    def _repeats_header(self) -> bool:
+        """Whether the first row has words wherever columns hold numbers."""
+        numbers = [j for j, kind in enumerate(self.kinds) if kind == "number"]
+        return bool(numbers) and all(
+            np.isnan(self.values[0, j]) and not _may_be_number(self.texts[j][0]) for j in numbers
+        )
 
     def _kind(self, j: int) -> Content:
         no_number = np.flatnonzero(np.isnan(self.values[:, j])).tolist()
@@ -215,16 +293,29 @@ def _rows(path: Path, form: _Format) -> Iterator[tuple[int, list[str]]]:
 def _split(lines: Iterator[str] | IO[str], separator: str) -> Iterator[tuple[int, list[str]]]:
     """The number of each line, from 1, and its cells; empty lines are left out."""
     if separator == " ":
-        return ((i, cells) for i, line in enumerate(lines, 1) if (cells := line.split()))
+        return ((i, cells) for i, line in enumerate(lines, 1) if (cells := _split_at_spaces(line)))
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
     return ((reader.line_num, cells) for cells in reader if cells)
+
+
+def _split_at_spaces(line: str) -> list[str]:
+    """The cells of a line, of which some may be in quotation marks."""
+    if '"' not in line:
+        return line.split()
+    return next(csv.reader([" ".join(line.split())], delimiter=" "))
 
 
 def _format(path: Path, request: Request) -> _Format:
     """The format of a file; what is not obvious is noted."""
     with gzip.open(path) if _is_zipped(path) else path.open("rb") as file:
-        start = file.read(4)
+        start = file.read(1 << 12)
         encoding = "utf-16" if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else ""
+        low, high = (start[i::2].count(0) for i in (1, 0))
+        if not encoding and max(low, high) > len(start) / 4 and not min(low, high):
+            encoding = "utf-16-le" if low else "utf-16-be"
+            request.note("it is read as UTF-16, although no mark of the byte order says so")
+        if not encoding and (reason := _no_text(start)):
+            raise request.error(reason)
         if not encoding:
             file.seek(0)
             decoder, encoding = codecs.getincrementaldecoder("utf-8")(), "utf-8-sig"
@@ -250,29 +341,62 @@ def _format(path: Path, request: Request) -> _Format:
         else:
             return _Format(encoding, ",", skip)
         lines = [line, *islice(file, SAMPLE)]
-    return _Format(encoding, separator or _separator(lines), skip)
+    separator = separator or _separator(lines)
+    if before := _before_table(lines, separator):
+        shown = lines[0].strip()[:WIDTH]
+        which = "1 line is" if before == 1 else f"{before} lines are"
+        request.note(f"{which} left out before the table, such as {shown!r}")
+    return _Format(encoding, separator, skip + before)
+
+
+def _before_table(lines: Sequence[str], separator: str) -> int:
+    """The number of lines above a table: those with fewer cells than its lines and a cell less."""
+    rows = list(_split(iter(lines), separator))
+    widths = [len(cells) for _, cells in rows]
+    usual = max(set(widths), key=widths.count)
+    first = widths.index(usual)
+    if first and widths[first - 1] == usual - 1 and any(map(is_number, rows[first][1])):
+        first -= 1  # names of all columns but one
+    return rows[first - 1][0] if first and widths.count(usual) > 2 else 0
 
 
 def _separator(lines: Sequence[str]) -> str:
     """The separator with which all lines have as many cells, and most cells are numbers."""
-    best, chosen = (False, -1.0), ","
+    best, chosen = (False, False, -1.0), ","
     for separator in SEPARATORS:
         rows = [cells for _, cells in _split(iter(lines), separator)]
-        if not rows or len(rows[0]) < 2:
+        widths = [len(row) for row in rows]
+        if not rows or (usual := max(set(widths), key=widths.count)) < 2:
             continue
         cells = [cell for row in rows[1:] or rows for cell in row]
         numbers = sum(is_number(cell) or _may_be_number(cell) for cell in cells)
-        found = len({len(row) for row in rows}) == 1, numbers / len(cells)
+        share = widths.count(usual) / len(rows)
+        found = share == 1, share > 0.5, numbers / len(cells)
         if found > best:
             best, chosen = found, separator
     return chosen
 
 
+def _no_text(start: bytes) -> str | None:
+    """Why a file is no table of text, by its first bytes."""
+    if start.startswith(b"PK\x03\x04"):
+        return "is a zip archive or an Excel workbook: unpack it, or save the sheet as .csv"
+    if re.match(rb'(\[\s*)?\{\s*("|$)', start.lstrip()):
+        return "is JSON: write the table as .csv or .parquet, such as by pandas.read_json"
+    if sum(byte < 9 or 13 < byte < 27 for byte in start) > len(start) / 50:
+        return "is no text: give a table of text, or rename it after its format"
+    return impostor(start)
+
+
+def _is_blank(cells: Sequence[str]) -> bool:
+    """Whether several cells are all empty."""
+    return len(cells) > 1 and not any(map(str.strip, cells))
+
+
 def _may_be_number(cell: str) -> bool:
     """Whether a cell is a number in some convention, or missing."""
     text = cell.strip()
-    known = COMMA_DECIMAL.fullmatch(text) or COMMA_GROUPS.fullmatch(text)
-    return known is not None or is_missing(text)
+    return is_plain(text) or is_missing(text)
 
 
 def _is_header(first: list[str], numbers: list[bool], below: np.ndarray) -> bool:

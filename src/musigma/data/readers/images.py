@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from musigma.data.errors import DataError, first_line, printable
+from musigma.data.errors import DataError, first_line, impostor, printable
 from musigma.data.raw import Request
 from musigma.data.readers.filesets import Place, content
 
@@ -116,13 +116,15 @@ def fault(error: Exception, opener: Callable[[], BinaryIO]) -> str:
         return str(error)
     if isinstance(error, DataError):
         raise error
+    if isinstance(error, FileNotFoundError):
+        return "is a link to a file that does not exist: restore or remove it"
     start = b""
     with contextlib.suppress(Exception), opener() as file:
-        start = file.read(512).lstrip()[:15].lower()
-        if not start:
+        start = file.read(512)
+        if not start.strip():
             return "is empty: remove it or fetch it again"
-    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
-        return "is a web page or XML, not an image: fetch it again"
+    if reason := impostor(start):
+        return reason
     reason = first_line(error)
     if "cannot identify image file" in reason:
         reason = "its content is of no known format"
