@@ -96,8 +96,16 @@ PEERS = {"pythae on mnist": "pythae's VAE, residual networks, 16 latents, on bin
 
 
 def quality(stored: Any) -> Iterator[tuple[Row, Row]]:
+    yield from _own(stored, 2)
+
+
+def quality_of_one_core(stored: Any) -> Iterator[tuple[Row, Row]]:
+    yield from _own(stored, 1)
+
+
+def _own(stored: Any, cores: int) -> Iterator[tuple[Row, Row]]:
     for run in stored.values():
-        if run["run"] not in PEERS:
+        if run["run"] not in PEERS and run.get("cores", 2) == cores:
             name = f"`{run['run'].removeprefix('musigma train ')}`"
             yield (name, str(run["minutes"])), (f"{run['steps']:,}", _tested(run))
 
@@ -268,6 +276,12 @@ TABLES = (
         "| run | minutes | steps | test | goal | reached |",
         ["figures/quality.json"],
         quality,
+    ),
+    Table(
+        "figures.md",
+        "| run on one core | minutes | steps | test | goal | reached |",
+        ["figures/quality.json"],
+        quality_of_one_core,
     ),
     Table(
         "figures.md",

@@ -216,8 +216,9 @@ class _Run:
         if sharded:
             hardware.shard(forward, hardware.blocks(model))
         if config.fast:
-            chosen = self.objective is not None or config.objective is not None
-            capture = self.device.type == "cuda" and parts == 1 and not chosen
+            plain = self.objective is None and config.objective is None
+            plain = plain and parts == self.processes.count == 1
+            capture = plain and self.device.type == "cuda"
             if problem := hardware.compile_blocks(model, capture=capture):
                 self.remarks.append(problem)
         step = TrainingStep(
