@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import musigma
 from musigma import build
+from musigma.cli import main
 from musigma.data import Dataset, describe, load, summary
 from musigma.data.readers.layout import layout
 from musigma.data.sampling import PARTS
@@ -443,6 +444,55 @@ def test_columns_that_repeat_another_are_left_out_or_refused(tmp_path):
         load(save_csv(tmp_path / "x.csv", [["u", "u", "v"], *x.tolist()]))
 
 
+def read(tmp_path, header, rows, **how):
+    """The summary of a table that is written and read."""
+    data = load(save_csv(tmp_path / "x.csv", [header.split(","), *rows]), **how)
+    return [line for line in summary(data) if line.startswith("warning")]
+
+
+@pytest.mark.parametrize("code", [-999, 9999, -1e30, 99.99])
+@pytest.mark.parametrize("kind", [None, "infer"])
+def test_codes_of_missing_values_cause_a_warning(tmp_path, code, kind):
+    x = RNG.normal(size=(200, 2)).round(3)
+    assert read(tmp_path, "a,b", x.tolist(), schema=kind) == []
+    x[::40, 1] = code
+    (warning,) = read(tmp_path, "a,b", x.tolist(), schema=kind)
+    assert f"stand for missing ones: column 'b' ({code:g} in " in warning
+    x[::40, 1] = 4 * np.sign(code)
+    assert read(tmp_path, "a,b", x.tolist(), schema=kind) == []
+
+
+def test_a_row_of_totals_causes_a_warning(tmp_path):
+    x = RNG.normal(3, size=(40, 2)).round(3).tolist()
+    (warning,) = read(tmp_path, "a,b", [*x, np.sum(x, 0).tolist()], schema="infer")
+    assert "the last row is the sum of all others" in warning
+
+
+def test_columns_that_follow_from_others_cause_a_warning(tmp_path):
+    a, b, c = RNG.normal(50, 9, size=(3, 200)).round(2)
+    assert read(tmp_path, "a,b,c", np.column_stack([a, b, c]).tolist()) == []
+    rows = np.column_stack([a, (a / 2.54).round(5), b, c, (a - c).round(2)]).tolist()
+    (warning,) = read(tmp_path, "cm,inch,b,c,rest", rows)
+    assert "'inch' from column 'cm'" in warning
+    assert "'rest' from column 'cm', column 'c'" in warning
+
+
+def test_rows_that_are_images_cause_a_warning():
+    levels = RNG.integers(0, 256, (60, 3 * 64))
+    levels[0, 0] = 255
+    for x, looks in ((levels, True), (levels / 255, True), (levels + 0.5, False)):
+        lines = summary(Dataset(x.astype(np.float32)))
+        assert any("images of 8 x 8" in line for line in lines) == looks
+
+
+def test_names_that_differ_in_case_cause_a_warning(tmp_path):
+    rows = [[v, ["Yes", "yes", "no"][i % 3]] for i, v in enumerate(RNG.normal(size=60).tolist())]
+    (warning,) = read(tmp_path, "a,label", rows)
+    assert "classes differ in case or spaces only: 'Yes' and 'yes'" in warning
+    (warning,) = read(tmp_path, "a,paid", rows, schema="infer")
+    assert "levels of column 'paid' differ in case or spaces only: 'Yes' and 'yes'" in warning
+
+
 # One fault per run -------------------------------------------------------------------------------
 
 
@@ -770,6 +820,20 @@ def test_gray_images_are_read_for_a_model_of_color(tmp_path, monkeypatch, in_mem
     mixed = save_folder(tmp_path / "mixed", GRAY)
     save_image(mixed / "z.png", COLOR[0])  # as in training on a folder with both
     np.testing.assert_array_equal(load(mixed).x[:6], np.repeat(GRAY, 3, 1))
+
+
+def test_other_units_are_noticed_when_a_model_is_used(tmp_path, capsys):
+    x = RNG.normal([50, 3], [9, 1], (60, 2))
+    path = save_csv(tmp_path / "x.csv", [["age", "dose"], *x.tolist()])
+    main(["train", "mlp_vae", str(path), "--steps", "1", "--out", str(tmp_path / "m")])
+    for factor in (1, 1000):
+        save_csv(path.with_name("y.csv"), [*(x[:9] * [1, factor]).tolist()])
+        words = ["score", tmp_path / "m", tmp_path / "y.csv", "--out", tmp_path / "s.csv"]
+        main([*map(str, words)])
+        said = capsys.readouterr().err
+        assert "columns have no names, and are taken in this order: age, dose" in said
+        assert ("column 'dose': most values are about" in said) == (factor > 1)
+        assert "'age': most" not in said
 
 
 def test_columns_are_matched_by_name(tmp_path):

@@ -569,6 +569,7 @@ def _begin(
             "digest": data.digest(found),
             **{part: len(found.split(part)) for part in PARTS},
             **({"ranges": data.ranges(found.split("train"))} if found.given else {}),
+            **({"columns": known} if (known := data.column_ranges(found.split("train"))) else {}),
         },
         "train": dataclasses.asdict(config),
         "kept": dict(kept or {}),

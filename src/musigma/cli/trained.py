@@ -233,9 +233,15 @@ class Trained:
             )
 
     def _note_extrapolation(self, found: Dataset) -> None:
-        """Warn of context that is far outside the range of the training data."""
+        """Warn of context, and of columns, that are far outside the range of the training data."""
         from musigma import data
 
+        if lines := data.shifted(self.about_data.get("columns") or {}, found):
+            listed = "".join(f"\n  {line}" for line in lines[:FARTHEST])
+            self.screen.note(
+                "warning: most of these data lie outside the range of what the model was trained "
+                f"on; are they in the same units?{listed}"
+            )
         known = self.about_data.get("ranges") or {}
         if lines := data.outside(known, found.given):
             self.extrapolation = lines

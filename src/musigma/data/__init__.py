@@ -5,7 +5,7 @@ from musigma.data.bounds import as_support, bounded_columns, read_bounds
 from musigma.data.columns import decode
 from musigma.data.dataset import Dataset, Given, Preprocess, digest
 from musigma.data.errors import DataError
-from musigma.data.ranges import fingerprints, outside, ranges
+from musigma.data.ranges import column_ranges, fingerprints, outside, ranges, shifted
 from musigma.data.raw import Progress
 from musigma.data.readers import identity, load
 from musigma.data.sampling import Part, batch_indices
@@ -23,6 +23,7 @@ __all__ = [
     "attach",
     "batch_indices",
     "bounded_columns",
+    "column_ranges",
     "decode",
     "describe",
     "digest",
@@ -34,5 +35,6 @@ __all__ = [
     "ranges",
     "read_bounds",
     "schema_toml",
+    "shifted",
     "summary",
 ]

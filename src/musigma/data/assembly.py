@@ -232,7 +232,9 @@ def assemble(table: Table, request: Request) -> Dataset:
     if request.schema is not None:
         return typed(table, request)
     found = roles(table, request)
-    x, names = table.x(found.data), tuple(table.names[j] for j in found.data if table.names)
+    x, names = table.x(found.data), request.columns or ()
+    if table.names:
+        names = tuple(table.names[j] for j in found.data)
     beside = {j: table.column(j) for j in found.given}
     words = None
     if found.label is not None:

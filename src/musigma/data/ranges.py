@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from musigma.data.dataset import Dataset, Given
+from musigma.data.errors import called
 from musigma.data.sequences import lengths
 
-__all__ = ["fingerprints", "outside", "ranges"]
+__all__ = ["column_ranges", "fingerprints", "outside", "ranges", "shifted"]
 
+ROWS, COLUMNS = 10_000, 1000  # of a table, whose ranges are kept
+FEW = 5  # rows, up to which values outside the range are outliers, and no other units
 FAR = 1.0  # standard deviations beyond the training range, from which on values are reported
 
 
@@ -38,6 +41,67 @@ def ranges(dataset: Dataset) -> dict[str, dict[str, Any]]:
             about["rows"] = [int(rows.min()), int(rows.max())]
         found[name] = about
     return found
+
+
+def column_ranges(dataset: Dataset) -> dict[str, list[float]]:
+    """The lowest and highest value and the standard deviation of each column of numbers.
+
+    >>> column_ranges(Dataset(np.array([[1.0], [2], [6]], "f"), columns=("x",)))["x"][:2]
+    [1.0, 6.0]
+    """
+    if (
+        dataset.bits is not None
+        or dataset.counts
+        or dataset.shape[0] > COLUMNS
+        or not len(dataset)
+    ):
+        return {}
+    n, found = len(dataset), {}
+    x = dataset.take(np.linspace(0, n - 1, min(n, ROWS)).astype(np.int64)).astype(np.float64)
+    for j, name in _numbers(dataset):
+        if len(values := x[:, j][np.isfinite(x[:, j])]):
+            found[name] = [float(f(values)) for f in (np.min, np.max, np.std)]
+    return found
+
+
+def shifted(known: Mapping[str, Sequence[float]], dataset: Dataset) -> list[str]:
+    """Lines about columns most of whose values lie outside the range of the training data.
+
+    Args:
+        known: What `column_ranges` returned for the training rows.
+        dataset: New rows.
+
+    >>> data = Dataset(np.linspace(1000, 2000, 9, dtype="f")[:, None], columns=("dose",))
+    >>> shifted({"dose": [0.5, 2.5, 0.4]}, data)
+    ["column 'dose': most values are about 1500, and the training range is 0.5 to 2.5"]
+    """
+    found, n = [], len(dataset)
+    if not known or n < FEW:
+        return found
+    x = dataset.take(np.linspace(0, n - 1, min(n, ROWS)).astype(np.int64)).astype(np.float64)
+    for j, name in _numbers(dataset):
+        values = x[:, j][np.isfinite(x[:, j])]
+        if name not in known or not len(values):
+            continue
+        low, high, std = known[name]
+        middle = float(np.median(values))
+        if max(low - middle, middle - high) > FAR * max(std, 1e-12):
+            found.append(
+                f"{called(dataset.columns, j)}: most values are about {middle:g}, and the "
+                f"training range is {low:g} to {high:g}"
+            )
+    return found
+
+
+def _numbers(dataset: Dataset) -> list[tuple[int, str]]:
+    """The columns of numbers, with their names, or else their places."""
+    kinds = dataset.schema and [column.kind for column in dataset.schema.columns]
+    names = dataset.columns or tuple(map(str, range(dataset.shape[0])))
+    return [
+        (j, name)
+        for j, name in enumerate(names)
+        if not kinds or kinds[j] in ("continuous", "count")
+    ]
 
 
 def outside(known: Mapping[str, Mapping[str, Any]], given: Mapping[str, Given]) -> list[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,9 @@ COLUMNS = 100  # typed columns that are described, one a line
 LEVELS = 6  # levels that are shown
 SPIKE = 0.05  # share of the rows that have a value that is shown
 IMAGES = 64  # images that are examined for doubtful levels
+CODE = re.compile(r"-?9{2,}(\.9+)?|-?8{3,}|-1|-?\d(\.\d+)?e\+[2-9]\d|-32768|-?32767|-2147484000")
+DEPENDENT = 2000  # rows among which columns that depend on others are looked for
+LINEAR = 1e-4  # share of a column's standard deviation that is rounding
 CLASSES = 12  # classes that a summary counts one by one
 
 
@@ -197,6 +203,11 @@ def doubts(dataset: Dataset, parts: Mapping[str, Dataset]) -> Iterator[str]:
     yield from _doubtful_labels(dataset, train)
     if dataset.schema is None and not dataset.counts:
         yield from _doubtful_columns(train) if dataset.bits is None else _doubtful_levels(train)
+    if dataset.bits is None and not dataset.counts:
+        yield from _doubtful_values(dataset, train)
+    for column in dataset.schema.columns if dataset.schema is not None else ():
+        if alike := _alike(column.levels):
+            yield f"levels of column {column.name!r} differ in case or spaces only: {alike}"
     seen = different(train.content())
     for name, part in parts.items() if dataset.official_test is not None else ():
         again = int(np.isin(part.content(), seen).sum())
@@ -270,10 +281,101 @@ def _doubtful_labels(dataset: Dataset, train: Dataset) -> Iterator[str]:
         yield f"every example has a label of its own ({n}): these are probably not classes"
     elif classes > n / 2 and n > 4:
         yield f"there are {classes} classes of {n} examples: these are probably not classes"
+    if alike := _alike(dataset.label_names):
+        yield f"classes differ in case or spaces only: {alike}"
     there = set(train.labels.tolist())
     without = [name for i, name in enumerate(dataset.label_names) if i not in there]
     if without and classes <= n / 2:
         yield f"classes without an example to train on: {named(without, 10)}"
+
+
+def _alike(names: Sequence[str]) -> str:
+    """Names that differ in case, in spaces or in the encoding of accents only."""
+    same: dict[str, list[str]] = {}
+    for name in names:
+        plain = "".join(unicodedata.normalize("NFKC", name).casefold().split())
+        same.setdefault(plain, []).append(repr(name))
+    return named([" and ".join(group) for group in same.values() if len(group) > 1])
+
+
+def _doubtful_values(dataset: Dataset, train: Dataset) -> Iterator[str]:
+    """Codes of missing values, columns that follow from others, sums, and flattened images."""
+    schema, n = dataset.schema, len(train)
+    if n < 5:
+        return
+    numbers = [
+        j
+        for j in range(dataset.shape[0])
+        if schema is None or schema.columns[j].kind in ("continuous", "count")
+    ]
+    names = [called(dataset.columns, j) for j in numbers]
+    rows = np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64)
+    x = np.asarray(train.take(rows), np.float64)[:, numbers]
+    columns = zip(names, x.T, strict=True)
+    if codes := [f"{name} ({text})" for name, values in columns if (text := _code(values))]:
+        yield (
+            f"values far from all others may stand for missing ones: {named(codes)}; leave such "
+            "cells empty"
+        )
+    if dataset.rows is None and not isinstance(dataset.array, np.memmap) and numbers:
+        every = np.asarray(dataset.array, np.float64)[:, numbers]
+        if np.allclose(every[-1], np.nansum(every[:-1], 0), rtol=1e-5) and every[-1].any():
+            yield "the last row is the sum of all others: remove it if it is a total"
+    if schema is None and (found := _dependent(x, names)):
+        yield (
+            "columns follow from others, so a density is unbounded, and nats mean little: "
+            f"{named(found)}"
+        )
+    if schema is None and (side := _side_of_images(x)):
+        yield (
+            f"rows look like images of {side} x {side} with levels of 8 bits: for images, give an "
+            f"array of uint8 levels (N, C, {side}, {side})"
+        )
+
+
+def _code(column: np.ndarray) -> str:
+    """A least or largest value like -999 that lies farther from all others than they spread."""
+    values = different(column[np.isfinite(column)])
+    if len(values) < 3:
+        return ""
+    for value, rest in ((values[0], values[1:]), (values[-1], values[:-1])):
+        gap = min(abs(rest[0] - value), abs(rest[-1] - value))
+        if gap > rest[-1] - rest[0] and CODE.fullmatch(f"{value:.7g}"):
+            share = np.mean(column == value)
+            return (
+                f"{value:g} in {100 * share:.2g}% of the rows, others {rest[0]:g} to {rest[-1]:g}"
+            )
+    return ""
+
+
+def _dependent(x: np.ndarray, names: Sequence[str]) -> list[str]:
+    """The columns that are, but for rounding, linear functions of those before them."""
+    some = x[:: max(1, len(x) // DEPENDENT)]
+    std = some.std(0)
+    kept: list[int] = np.flatnonzero(std > 0).tolist()
+    if len(some) < 2 * len(kept) + 10 or len(kept) > DEPENDENT / 4:
+        return []
+    x = ((some - some.mean(0)) / np.where(std > 0, std, 1)).take(kept, 1)
+    found, free = [], list[int]()
+    size = np.abs(np.diag(np.linalg.qr(x, mode="r"))) / len(x) ** 0.5
+    for j in range(len(kept)):
+        if size[j] > LINEAR:
+            free.append(j)
+            continue
+        weights = np.linalg.lstsq(x[:, free], x[:, j])[0]
+        of = [names[kept[free[i]]] for i in np.flatnonzero(np.abs(weights) > 10 * LINEAR).tolist()]
+        found.append(f"{names[kept[j]]} from {named(of, 3)}")
+    return found
+
+
+def _side_of_images(x: np.ndarray) -> int:
+    """The side of square images whose levels 0..255, or 0..1, rows seem to hold; 0 if none."""
+    width = x.shape[1]
+    side = next((s for c in (1, 3) if c * (s := math.isqrt(width // c)) ** 2 == width), 0)
+    if side < 8 or x.min() < 0 or x.max() > 255:
+        return 0
+    levels = x * (255 if x.max() <= 1 else 1)
+    return side if np.abs(levels - np.rint(levels)).max() < 1e-2 and x.max() in (1, 255) else 0
 
 
 def _doubtful_columns(train: Dataset) -> Iterator[str]:
