@@ -15,6 +15,7 @@ on the first 500. `quality_peers.py` trains other libraries' models for the same
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -137,6 +138,10 @@ def collect() -> None:
         }
         file = f"quality-{what.lower().replace(' ', '-')}.png"
         figures.comparison(tracks, DOCS / "figures" / file, title=f"{what}: validation images")
+    for name in PICTURES["color images"]:
+        samples = RUNS / name / "samples" / "samples.png"
+        if samples.exists():
+            shutil.copy(samples, DOCS / "figures" / f"quality-{name}.png")
 
 
 if __name__ == "__main__":
