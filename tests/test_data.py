@@ -15,6 +15,7 @@ import zlib
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from musigma.data import (
     load,
 )
 from musigma.data.readers import published
+from musigma.data.readers.others import conversion
 
 RNG = np.random.default_rng(7)
 GRAY = RNG.integers(0, 256, (6, 1, 9, 7), dtype=np.uint8)
@@ -558,7 +560,7 @@ def test_a_pickle_is_never_run(tmp_path):
         target = tmp_path / name
         content = np.array([Malicious()], object)
         (np.save if i == 0 else np.savez)(target, content, allow_pickle=True)
-        with fails(f"{name}: is damaged.*"):
+        with fails(f"{name}: holds Python objects, which are never unpickled"):
             load(target)
     assert not (tmp_path / "ran").exists()
     (tmp_path / "cifar0" / "data_batch_1").write_bytes(b"nothing")
@@ -625,11 +627,14 @@ def test_parquet(tmp_path, monkeypatch):
     parquet.write_table(pa.table({"a": POINTS[:, 0], "b": [None, *range(11)]}), path)
     with fails(r"row 0 \(from 0\), column 'b' is nan"):
         load(path)
-    for cells, such in ((["1", None, "2"], "'1'"), ([None, "", None], "''")):
+    for cells, what in (
+        (["1", None, "2"], "numbers written as text, and missing cells: fill them"),
+        ([None, "", None], "text, such as ''"),
+    ):
         parquet.write_table(
             pa.table({"a": POINTS[:, 0], "b": pa.array(cells * 4, "string")}), path
         )
-        with fails(f"column 'b' holds text, such as {such}"):
+        with fails(f"column 'b' holds {what}"):
             load(path)
     path.write_bytes(b"PAR1 and no more")
     with fails("x.parquet: is damaged"):
@@ -897,6 +902,9 @@ def test_broken_idx(tmp_path):
         (GRAY.reshape(6, -1), r"uint8 of shape \(6, 63\): images are"),
         (POINTS[0], r"shape \(3,\)"),
         (np.zeros((2, 9, 9, 9), np.uint8), "no axis of 1 to 4 channels"),
+        (np.zeros((9, 9, 3, 20), np.uint8), r"MATLAB has it.*x.transpose\(3, 2, 0, 1\)"),
+        (np.zeros((20, 64), np.uint8), r"reshape it, such as x.reshape\(-1, 1, 8, 8\)"),
+        (np.zeros((16, 16, 3), np.uint8), r"like one image \(H, W, C\): give x\[None\]"),
         (np.zeros((0, 3, 4, 4), np.uint8), "holds no examples"),
         (np.array(["a"]), "is of type <U1"),
         (
@@ -914,10 +922,87 @@ def test_arrays_that_cannot_be_used(tmp_path, array, message):
         load(tmp_path / "x.npy")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("x_train", "y_train", "x_val", "y_val", "x_test", "y_test"),
+        ("train_images", "train_labels", "val_images", "val_labels", "test_images", "test_labels"),
+        ("X_train", "y_train", "X_valid", "y_valid", "X_test", "y_test"),
+    ],
+)
+def test_arrays_of_parts_are_parts(tmp_path, names):
+    labels = np.arange(6)[:, None] % 2
+    arrays: dict[str, Any] = dict(zip(names, (GRAY, labels) * 3, strict=True))
+    np.savez(tmp_path / "x.npz", **arrays)
+    data = load(tmp_path / "x.npz")
+    assert data.official_test is not None
+    assert data.official_validation is not None
+    assert np.flatnonzero(data.official_test).tolist() == list(range(12, 18))
+    assert np.flatnonzero(data.official_validation).tolist() == list(range(6, 12))
+    assert data.labels is not None
+    assert data.labels.tolist() == [0, 1] * 9
+    del arrays[names[-1]]
+    np.savez(tmp_path / "y.npz", **arrays)
+    data = load(tmp_path / "y.npz")
+    assert data.labels is None
+    assert any("there are no labels, since test has none" in note for note in data.notes)
+
+
+def test_fields_of_arrays_are_columns(tmp_path):
+    pytest.importorskip("pyarrow")
+    fields = np.zeros(12, [("a", ">f4"), ("b", "<i8")])
+    fields["a"], fields["b"] = POINTS[:, 0], np.arange(12) ** 2
+    np.save(tmp_path / "x.npy", fields)
+    data = load(tmp_path / "x.npy")
+    assert data.columns == ("a", "b")
+    np.testing.assert_array_equal(data.x, np.column_stack([POINTS[:, 0], np.arange(12) ** 2]))
+
+
+def test_python_objects_are_named(tmp_path):
+    np.save(tmp_path / "x.npy", np.array([1, "a"], object), allow_pickle=True)
+    np.savez(tmp_path / "x.npz", x=GRAY, y=np.array([1, "a", None] * 2, object))
+    (tmp_path / "y.npy").write_bytes(pickle.dumps([1, 2]))
+    for name in ("x.npy", "x.npz", "y.npy"):
+        with fails(f"{name}: holds Python objects, which are never unpickled: save arrays"):
+            load(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["x.xlsx", "x.nii.gz", "x.pkl", "x.npy.gz", "x.7z", "x.dta"])
+def test_formats_that_are_not_read_are_named_with_their_conversion(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b"x") if name.endswith("gz") else b"x" * 9)
+    how = conversion(name)
+    assert how
+    with fails(f"{name}: {re.escape(how)}"):
+        load(path)
+    if not name.endswith(".npy.gz"):
+        with fails(f"holds no images .*: {re.escape(how)}"):
+            load(tmp_path)
+
+
+def test_text_tables_have_other_suffixes_too(tmp_path):
+    for name in ("x.txt", "x.dat", "x.data", "x.tab"):
+        np.savetxt(tmp_path / name, POINTS)
+        np.testing.assert_array_equal(load(tmp_path / name).x, POINTS.astype(np.float32))
+
+
 def test_npz_that_cannot_be_used(tmp_path):
     path = tmp_path / "x.npz"
-    np.savez(path, x_train=GRAY, x_test=GRAY)
-    with fails("holds the arrays x_test, x_train: keep one"):
+    np.savez(path, x_train=GRAY, z_test=GRAY)
+    with fails("holds the arrays x_train, z_test: keep one .*; parts are named x_train, y_train"):
+        load(path)
+    np.savez(path, x_train=GRAY, x_test=COLOR)
+    with fails(r"its parts differ in type or shape, x_train uint8 \(6, 1, 9, 7\), x_test"):
+        load(path)
+    np.savez(path, x=GRAY, y=np.eye(6, dtype=int))
+    with fails(r"labels are int64 of shape \(6, 6\), .* one-hot labels classes, y.argmax\(1\)"):
+        load(path)
+    np.savez(path, x=GRAY, y=np.array([1, 0.5, 0, 0, 0, np.nan]))
+    with fails("labels are float64 .*: make fractions and NaN whole numbers"):
+        load(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.png", b"")
+    with fails("holds a.png, which is no array: name an archive of images .zip"):
         load(path)
     np.savez(path, x=GRAY, y=np.arange(5))
     with fails(r"x.npz: y: labels are int64 of shape \(5,\)"):

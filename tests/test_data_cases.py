@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import musigma
 from musigma import build
 from musigma.cli import main
-from musigma.data import Dataset, describe, load, summary
+from musigma.data import DataError, Dataset, describe, load, summary
 from musigma.data.readers.layout import layout
 from musigma.data.sampling import PARTS
 from musigma.data.tables import LABEL_NAMES
@@ -515,6 +515,23 @@ def test_the_first_twenty_bad_images_are_named(tmp_path, monkeypatch, in_memory)
         load(root, in_memory=in_memory)
     data = load(root, in_memory=in_memory, skip_bad=True)
     assert (len(data), len(data.skipped)) == (9, 21)
+
+
+def test_images_of_other_sizes_and_damaged_ones_are_named_at_once(tmp_path):
+    root = save(tmp_path / "d", "{i}.png", n=4)
+    save_image(root / "large.png", RNG.integers(0, 256, (3, 64, 64), np.uint8))
+    (root / "cut.png").write_bytes((root / "large.png").read_bytes()[:4000])
+    (root / "link.png").symlink_to("nothing.png")
+    with pytest.raises(DataError) as error:
+        load(root)
+    for part in (
+        "4 of 8 x 8 (such as 0.png), 2 of 64 x 64",
+        "pass --size N",
+        "2 of 7 images cannot be used",
+        "cut.png is not a readable image",
+        "link.png is a link to a file that does not exist",
+    ):
+        assert part in str(error.value)
 
 
 def test_all_rows_that_are_not_finite_are_named_or_left_out(tmp_path, monkeypatch):

@@ -101,12 +101,19 @@ def roles(table: Table, request: Request) -> Roles:
                 f"is {table.storage[j]}: give lists as context (--given {names[j]}), or drop it"
             )
         elif table.kinds[j] in ("truth", "time", "other"):
-            faults[table.called(j)] = f"is {table.storage[j]}, not a number: convert or drop it"
+            how = "convert or drop it"
+            if "binary" in table.storage[j]:
+                how = "save images as files in a folder or a .tar, or drop it"
+            faults[table.called(j)] = f"is {table.storage[j]}, not a number: {how}"
         elif table.kinds[j] == "text":
             cells = [cell for cell in table.cells(j, LOOKED_AT) if not is_missing(cell)]
             words = (cell for cell in cells if not is_number(cell))
-            cell = next(words, cells[0] if cells else "")
-            if units := with_units(cells[:1000]):
+            cell = next(words, "")
+            if cells and not cell:
+                faults[table.called(j)] = (
+                    "holds numbers written as text, and missing cells: fill them"
+                )
+            elif units := with_units(cells[:1000]):
                 faults[table.called(j)] = unit_fault(units)
             else:
                 faults[table.called(j)] = column_fault(names[j] if names else None, cell)
@@ -120,7 +127,8 @@ def roles(table: Table, request: Request) -> Roles:
                 f"are codes, {TYPED}, or drop it"
             )
     for j in found.data if faults and not request.allow_constant else ():
-        if table.kinds[j] == "number" and len(values := different(table.numbers(j))) == 1:
+        values = different(table.numbers(j)) if table.kinds[j] == "number" else []
+        if len(values) == 1 and abs(values[0]) < 2**53:
             faults[table.called(j)] = f"is constant ({values[0]:g}): drop it"
     if len(faults) == 1:
         ((name, reason),) = faults.items()

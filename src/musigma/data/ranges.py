@@ -95,7 +95,7 @@ def shifted(known: Mapping[str, Sequence[float]], dataset: Dataset) -> list[str]
 
 def _numbers(dataset: Dataset) -> list[tuple[int, str]]:
     """The columns of numbers, with their names, or else their places."""
-    kinds = dataset.schema and [column.kind for column in dataset.schema.columns]
+    kinds = () if dataset.schema is None else [c.kind for c in dataset.schema.columns]
     names = dataset.columns or tuple(map(str, range(dataset.shape[0])))
     return [
         (j, name)

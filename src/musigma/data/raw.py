@@ -115,10 +115,19 @@ def as_labels(y: np.ndarray, n: int, where: str) -> tuple[np.ndarray, tuple[str,
     >>> as_labels(np.array(["b", "a", "b"]), 3, "y")
     (array([1, 0, 1]), ('a', 'b'))
     """
+    if y.shape[1:] == (1,):
+        y = y[:, 0]
+    if y.dtype.kind == "f" and (abs(y) < 2**53).all() and (y == np.rint(y)).all():
+        y = y.astype(np.int64)
     if y.shape != (n,) or y.dtype.kind not in "biuUS":
+        advice = "give one label for each example"
+        if y.ndim == 2 and len(y) == n and y.dtype.kind in "biu" and (y.sum(1) == 1).all():
+            advice = "make these one-hot labels classes, y.argmax(1)"
+        elif y.shape == (n,) and y.dtype.kind == "f":
+            advice = "make fractions and NaN whole numbers, or leave them out"
         raise DataError(
             f"{where}: labels are {y.dtype} of shape {y.shape}, not whole numbers or strings of "
-            f"shape ({n},)"
+            f"shape ({n},): {advice}"
         )
     if y.dtype.kind in "bui" and n and y.min() >= 0 and y.max() < 1000:
         return y.astype(np.int64), tuple(map(str, range(int(y.max()) + 1)))

@@ -363,7 +363,8 @@ def _dependent(x: np.ndarray, names: Sequence[str]) -> list[str]:
             free.append(j)
             continue
         weights = np.linalg.lstsq(x[:, free], x[:, j])[0]
-        of = [names[kept[free[i]]] for i in np.flatnonzero(np.abs(weights) > 10 * LINEAR).tolist()]
+        large = (np.abs(weights) > 10 * LINEAR).tolist()
+        of = [names[kept[k]] for k, some in zip(free, large, strict=True) if some]
         found.append(f"{names[kept[j]]} from {named(of, 3)}")
     return found
 

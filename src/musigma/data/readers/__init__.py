@@ -20,7 +20,7 @@ from musigma.data.assembly import assemble
 from musigma.data.bounds import as_support
 from musigma.data.cache import derived, facts
 from musigma.data.dataset import UNTOUCHED, Dataset, Hashes, Preprocess
-from musigma.data.errors import DataError, damage, first_line
+from musigma.data.errors import DataError, damage, first_line, impostor
 from musigma.data.pairs import matching
 from musigma.data.raw import ARCHIVE, Progress, Request
 from musigma.data.readers.arrays import of_array, read_named, read_numpy
@@ -31,6 +31,7 @@ from musigma.data.readers.h5ad import H5AD, read_h5ad
 from musigma.data.readers.idx_cifar import CIFAR, IDX, idx_images
 from musigma.data.readers.image_sets import read_files
 from musigma.data.readers.images import LazyImages, pillow_kinds, resized
+from musigma.data.readers.others import conversion
 from musigma.data.readers.parquet import Parquet, read_parquet
 from musigma.data.readers.published import BUILT_IN
 from musigma.data.readers.remote import fetched, is_url, plain
@@ -275,16 +276,20 @@ def _read_path(path: Path, request: Request) -> Dataset:
     if ARCHIVE.fullmatch(name):
         return read_files(FileSet.of_files([path], archives=True), request)
     ending = path.suffix.lower()
-    if ending == ".gz" and Path(path.stem).suffix.lower() in (".csv", ".tsv"):
+    if ending == ".gz" and TABLES.get(Path(path.stem).suffix.lower()) is Delimited:
         ending = Path(path.stem).suffix.lower()
+    with path.open("rb") as file:
+        start = file.read(512)
+    if reason := impostor(start):
+        raise request.error(reason)
     if ending in READERS:
         with damage(where):
             return READERS[ending](path, request)
     if ending in pillow_kinds()[1] or CIFAR.fullmatch(path.name):
         return read_files(FileSet.of_files([path]), request)
-    with path.open("rb") as file:
-        start = file.read(2)
-    if start in (b"\x00\x00", b"\x1f\x8b"):  # the magic of IDX, and of gzip around it
+    if how := conversion(path.name):
+        raise request.error(how)
+    if start[:2] in (b"\x00\x00", b"\x1f\x8b"):  # the magic of IDX, and of gzip around it
         return Dataset(idx_images(path.read_bytes(), where))
     hint = "the URL of a folder ends with /; " if where.startswith(("http:", "https:")) else ""
     raise request.error(f"its format is unknown: {hint}give {UNDERSTOOD}")
@@ -327,6 +332,7 @@ def _read_table(table: Callable[[Path, Request], Table], path: Path, request: Re
 TABLES: dict[str, Callable[[Path, Request], Table]] = {
     ".csv": Delimited,
     ".tsv": Delimited,
+    **dict.fromkeys((".tab", ".txt", ".dat", ".data"), Delimited),
     ".parquet": lambda path, request: Parquet([path], request),
     ".arrow": read_arrow,
     ".feather": read_arrow,
@@ -338,7 +344,7 @@ READERS: dict[str, Callable[[Path, Request], Dataset]] = {
 }
 UNDERSTOOD = (
     "a folder or archive (.tar, .tar.gz, .tar.xz, .zip) of images, IDX files or CIFAR batches; "
-    "shards, as a folder or shards-{0000..0099}.tar; a file .npy, .npz, .csv, .tsv, .parquet, "
-    ".arrow, .feather, .h5ad or "
+    "shards, as a folder or shards-{0000..0099}.tar; a file .npy, .npz, .csv, .tsv, .txt, "
+    ".parquet, .arrow, .feather, .h5ad or "
     f"IDX; a URL; or one of {', '.join(BUILT_IN)}"
 )

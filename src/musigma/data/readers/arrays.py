@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,47 +15,120 @@ import numpy as np
 from musigma.data.assembly import assemble
 from musigma.data.cache import blocks, derived, float32
 from musigma.data.dataset import Dataset
-from musigma.data.errors import DataError
+from musigma.data.errors import DataError, printable
 from musigma.data.pairs import matching
 from musigma.data.raw import Request, as_labels
+from musigma.data.readers.arrow import frame
+from musigma.data.readers.layout import SPELLINGS, WORDS, Part, official_masks, part_of
 from musigma.data.tables import Content, Table, number_fault
+
+DATA = ("x", "images", "image", "imgs", "data", "arr0", "arr_0")
+LABELS = ("y", "labels", "label", "targets", "target")
+OBJECTS = re.compile("pickle|Python objects")
 
 
 def read_numpy(path: Path, request: Request) -> Dataset:
     """An .npy file, memory-mapped where it can be, or an .npz with images or a table."""
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
-    if not zipped:
-        return of_array(np.load(path, mmap_mode="r", allow_pickle=False), request)
+    try:
+        return _read_npz(path, request) if zipped else of_array(_mapped(path), request)
+    except ValueError as error:
+        if isinstance(error, DataError) or not OBJECTS.search(str(error)):
+            raise
+        raise request.error(
+            "holds Python objects, which are never unpickled: save arrays of numbers or strings, "
+            "such as x.astype(np.float32)"
+        ) from error
+
+
+def _mapped(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _read_npz(path: Path, request: Request) -> Dataset:
+    """Images or a table, and labels; or several parts of them."""
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         if request.of:
             return read_named({name: arrays[name] for name in arrays.files}, request)
-        keys = set(arrays.files)
-        data = [key for key in ("x", "images", "data", "arr_0") if key in keys]
-        labels = [key for key in ("y", "labels") if key in keys]
-        rest = keys - set(data) - set(labels)
+        keys = sorted(arrays.files)
+        if strange := [m.filename for m in arrays.zip.infolist() if m.filename[-4:] != ".npy"]:
+            raise request.error(
+                f"holds {printable(strange[0])}, which is no array: name an archive of images .zip"
+            )
+        if parts := _parts(keys):
+            return _read_parts(arrays, parts, request)
+        data = [key for key in keys if key.lower() in DATA]
+        labels = [key for key in keys if key.lower() in LABELS]
+        rest = set(keys) - {*data, *labels}
         if not data and len(rest) == 1:
             data, rest = list(rest), set()
         if len(data) != 1 or len(labels) > 1 or rest:
             raise request.error(
-                f"holds the arrays {', '.join(sorted(keys)) or '(none)'}: keep "
-                "one named x, images or data, and at most one of labels named y or labels"
+                f"holds the arrays {', '.join(keys) or '(none)'}: keep one named x, images or "
+                "data, and at most one of labels named y or labels; parts are named x_train, "
+                "y_train, x_test and so on"
             )
-        x = arrays[data[0]]
-        found = of_array(x, request)
-        if not labels:
-            return found
-        given = arrays[labels[0]]
-        known = np.ones(len(given), bool)
-        if request.unlabeled and given.dtype.kind == "i":
-            known = given != -1
-        y = np.full(len(x), -1)
-        y[known], names = as_labels(
-            given[known], int(known.sum()) + len(x) - len(given), f"{request.where}: {labels[0]}"
-        )
-        if found.ids is not None:  # some examples were left out
-            y = y[[int(name) for name in found.ids]]
-        return replace(found, labels=y, label_names=names)
+        y = arrays[labels[0]] if labels else None
+        return _labeled(arrays[data[0]], y, labels[0] if labels else "", request)
+
+
+def _parts(names: Sequence[str]) -> dict[Part, dict[bool, str]]:
+    """The arrays of each part: of labels (True) and of examples; empty where there are no parts.
+
+    >>> _parts(["x_train", "y_train", "test_images", "test_labels"])["test"]
+    {False: 'test_images', True: 'test_labels'}
+    """
+    found: dict[Part, dict[bool, str]] = {}
+    for name in names:
+        words = [word.lower() for word in WORDS.findall(name)]
+        parts = [part for word in words if (part := part_of(word))]
+        rest = "".join(word for word in words if not part_of(word))
+        if len(parts) != 1 or rest not in DATA + LABELS:
+            return {}
+        found.setdefault(parts[0], {})[rest in LABELS] = name
+    whole = "train" in found and len(found) > 1 and all(False in part for part in found.values())
+    if not whole or len(names) > sum(map(len, found.values())):
+        return {}
+    return {part: found[part] for part in SPELLINGS if part in found}
+
+
+def _read_parts(
+    arrays: Any, parts: Mapping[Part, Mapping[bool, str]], request: Request
+) -> Dataset:
+    """Parts for training, validation and testing as one data set."""
+    x = {part: arrays[names[False]] for part, names in parts.items()}
+    if len({(a.shape[1:], a.dtype) for a in x.values()}) > 1:
+        listed = ", ".join(f"{parts[part][False]} {a.dtype} {a.shape}" for part, a in x.items())
+        raise request.error(f"its parts differ in type or shape, {listed}: make them alike")
+    where = np.repeat(list(x), [len(a) for a in x.values()])
+    y, without = None, [part for part, names in parts.items() if True not in names]
+    if not without:
+        y = np.concatenate([np.squeeze(arrays[names[True]]) for names in parts.values()])
+    elif len(without) < len(parts):
+        request.note(f"there are no labels, since {' and '.join(without)} has none")
+    found = _labeled(np.concatenate(list(x.values())), y, "labels", request)
+    if found.ids is not None:  # some examples were left out
+        where = where[[int(name) for name in found.ids]]
+    test, validation = official_masks(where)
+    return replace(found, official_test=test, official_validation=validation)
+
+
+def _labeled(x: np.ndarray, given: np.ndarray | None, name: str, request: Request) -> Dataset:
+    """Examples with their labels, if there are any."""
+    found = of_array(x, request)
+    if given is None:
+        return found
+    known = np.ones(len(given), bool)
+    if request.unlabeled and given.dtype.kind == "i":
+        known = given != -1
+    y = np.full(len(x), -1)
+    y[known], names = as_labels(
+        given[known], int(known.sum()) + len(x) - len(given), f"{request.where}: {name}"
+    )
+    if found.ids is not None:  # some examples were left out
+        y = y[[int(name) for name in found.ids]]
+    return replace(found, labels=y, label_names=names)
 
 
 def read_named(arrays: Mapping[str, np.ndarray], request: Request) -> Dataset:
@@ -123,8 +198,16 @@ def of_array(x: np.ndarray, request: Request) -> Dataset:
     where, shape = request.where, x.shape
     if x.size == 0:
         raise request.error(f"holds no examples (its shape is {shape})")
+    if x.dtype.names and x.ndim == 1:  # fields are columns
+        native = x.dtype.newbyteorder("=")
+        return assemble(frame(np.asarray(x).astype(native), request), request)
     if x.dtype.kind not in "buif":
         raise request.error(f"is of type {x.dtype}: store uint8 images or a float table")
+    if x.ndim == 3 and x.dtype == np.uint8 and shape[2] in (3, 4) and min(shape[:2]) >= 8:
+        raise request.error(
+            f"has shape {shape}, like one image (H, W, C): give x[None]; for gray images that are "
+            f"{shape[2]} pixels wide, x[:, None]"
+        )
     if x.ndim in (3, 4):
         return _images(as_images(x, where), request)
     if x.ndim == 5:
@@ -137,9 +220,12 @@ def of_array(x: np.ndarray, request: Request) -> Dataset:
             f"has shape {shape}: a table of one column is x[:, None], and one example is x[None]"
         )
     if x.ndim != 2 or (x.dtype == np.uint8 and request.schema is None):
+        how, side = "", math.isqrt(shape[-1]) if shape else 0
+        if x.ndim == 2 and side**2 == shape[1]:
+            how = f", such as x.reshape(-1, 1, {side}, {side})"
         raise request.error(
             f"is {x.dtype} of shape {shape}: images are uint8 (N, C, H, W) or "
-            "(N, H, W[, C]), tables are float (N, D): reshape it"
+            f"(N, H, W[, C]), tables are float (N, D): reshape it{how}"
         )
     return assemble(_Rows(x, request), request)
 
@@ -176,10 +262,12 @@ def as_images(x: np.ndarray, where: str) -> np.ndarray:
         return x[:, None]
     if min(x.shape[1], x.shape[3]) > 4:
         n, depth, *rest = x.shape
-        raise DataError(
-            f"{where}: shape {x.shape} has no axis of 1 to 4 channels: reshape it; for volumes, "
-            f"give the slices, x.reshape({n * depth}, 1, {rest[0]}, {rest[1]})"
-        )
+        if rest[0] in (1, 3) and rest[1] > 4:
+            advice = "as MATLAB has it, H x W x C x N: x.transpose(3, 2, 0, 1)"
+        else:
+            slices = f"x.reshape({n * depth}, 1, {rest[0]}, {rest[1]})"
+            advice = f"reshape it, or choose channels; for volumes, give the slices, {slices}"
+        raise DataError(f"{where}: shape {x.shape} has no axis of 1 to 4 channels: {advice}")
     first, last = x.shape[1], x.shape[3]
     if (last in (1, 3) and first not in (1, 3)) or (first > 4 and last <= 4):
         return np.moveaxis(x, -1, 1)

@@ -42,6 +42,8 @@ class Arrow(Table):
         types = pyarrow(request.where).types
         self.request, self.rows = request, rows
         self.names = tuple(n for n in schema.names if not n.startswith("__index_level_"))
+        if len(self.names) < len(schema.names):
+            request.note("the index of the frame that it was written from is left out")
         refuse_twice(self.names, request)
         self.kinds, self.storage = [], []
         for name in self.names:

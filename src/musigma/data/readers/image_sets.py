@@ -53,6 +53,7 @@ from musigma.data.readers.images import (
     quiet,
 )
 from musigma.data.readers.layout import layout, official_masks
+from musigma.data.readers.others import conversion
 from musigma.data.tables import LABEL_NAMES
 
 RULES = "5"  # version of how folders and files beside images are read; older indices are stale
@@ -61,6 +62,7 @@ WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
 MANY = 10_000  # files from which surveying them shows progress
 WORTH_STORING = 1000  # images from which an interrupted index is stored
 UNFINISHED = {"unfinished": True}
+NO_SUFFIX = "without a suffix"
 NO_IMAGE = "no image can be used:\n"
 MAX_CLASSES = 1000  # more different texts than this are captions, as are texts that hardly repeat
 
@@ -86,7 +88,8 @@ def read_files(files: FileSet, request: Request) -> Dataset:
             elif files.archives and ending in BESIDE:
                 survey.add_label_file(member, ending)
             else:
-                survey.others[printable(ending or base)] += 1
+                inner = suffix(base.removesuffix(ending)) if ending == ".gz" else ""
+                survey.others[printable(inner + ending) or NO_SUFFIX] += 1
             if len(files.files) >= MANY and not files.archives:
                 request.report(done, len(files.files))
     for kind, read in ((IDX, read_idx), (CIFAR, read_cifar)):
@@ -206,7 +209,13 @@ class _Survey:
         if self.faults:
             return self.request.error(NO_IMAGE + listing(dict(self._faults())))
         if set(self.others) & {".csv", ".npy", ".npz", ".tsv"}:
-            advice = "give one of the files itself"
+            advice = "give one of the files itself, or join them in one"
+        elif set(self.others) & {".zip", ".tar", ".tgz"}:
+            advice = "unpack the archives, or give one of them"
+        elif how := next(filter(None, map(conversion, self.others)), None):
+            advice = how
+        elif NO_SUFFIX in self.others:
+            advice += "; names of images end with their format, such as .png"
         found = "; ".join(self.notes) or counted(self.others) or "it is empty"
         return self.request.error(f"holds no images ({found}): {advice}")
 
@@ -318,12 +327,24 @@ class _Survey:
         )
         more = f" and {len(common) - 5} more sizes" if len(common) > 5 else ""
         also = ""
+        if not self.request.skip_bad and len(self.images) <= MANY:
+            self._find_faults(channels)
         if self.faults and not self.request.skip_bad:
             also = "\nbesides, " + all_faults(dict(self._faults()), "images", len(self.paths))
         raise self.request.error(
             f"images differ in size, width x height: {several}{more}: pass "
             f"--size N to resize all to N x N{also}"
         )
+
+    def _find_faults(self, channels: int) -> None:
+        """Decode every image, to record which cannot be used."""
+        with quiet():
+            for member in self.files.walk():
+                if member.name in self.images:
+                    try:
+                        pixels(member.open, channels, None)
+                    except Exception as error:
+                        self.leave_out(member.name, fault(error, member.open))
 
     def _leave_out_unlabeled(self) -> None:
         """If files beside images hold labels, require one for each image."""
