@@ -1162,3 +1162,26 @@ def test_a_converted_model_is_finetuned_stopped_and_resumed(tmp_path, capsys, mo
     with pytest.raises(SystemExit):
         main([*words, "--out", "whole"])
     assert "already exists" in capsys.readouterr().err
+
+
+def test_a_format_that_is_given_is_the_nearest_of_those_with_its_names(tmp_path):
+    shapes = {"fc1": (16, 64), "fc21": (3, 16), "fc22": (3, 16), "fc3": (16, 3), "fc4": (64, 16)}
+    tensors = {f"{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
+    torch.save(tensors, tmp_path / "x.pt")
+    options = Options(format="log_var", size=(8, 8))
+    with pytest.raises(ForeignError, match=r"pytorch-examples .*fc1.bias is missing") as error:
+        convert(tmp_path / "x.pt", options=options)
+    assert "The nearest known format is pytorch-examples" in str(error.value)
+    torch.save({"optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}}, tmp_path / "y.pt")
+    with pytest.raises(ForeignError, match=r"not a known kind .*; it holds no tensors of a model"):
+        convert(tmp_path / "y.pt")
+
+
+def test_pointers_and_pages_are_no_checkpoints(tmp_path):
+    for name in ("x.pt", "x.safetensors"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+        with pytest.raises(ForeignError, match=f"{name}: is a pointer of Git LFS .*git lfs pull"):
+            convert(tmp_path / name)
+        (tmp_path / name).write_text("<!DOCTYPE html><p>404")
+        with pytest.raises(ForeignError, match=f"{name}: is a web page or XML: fetch it again"):
+            convert(tmp_path / name)

@@ -839,6 +839,20 @@ def test_gray_images_are_read_for_a_model_of_color(tmp_path, monkeypatch, in_mem
     np.testing.assert_array_equal(load(mixed).x[:6], np.repeat(GRAY, 3, 1))
 
 
+def test_the_folder_of_a_single_class_is_that_class(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for pattern in ("new/dog/{i}.png", "down/images/dog/{i}.png"):
+        root = save(tmp_path, pattern) / pattern.partition("/")[0]
+        for in_memory in (True, False, False):
+            data = load(root, given="label", allow_constant=True, in_memory=in_memory)
+            assert data.label_names == ("dog",)
+            assert data.labels is not None
+            assert data.labels.tolist() == [0] * 6
+            assert load(root, in_memory=in_memory).labels is None
+        with fails("it has no labels: put images into a folder for each class"):
+            load(root, given="label")  # one class is no context to train on
+
+
 def test_other_units_are_noticed_when_a_model_is_used(tmp_path, capsys):
     x = RNG.normal([50, 3], [9, 1], (60, 2))
     path = save_csv(tmp_path / "x.csv", [["age", "dose"], *x.tolist()])

@@ -1,4 +1,4 @@
-"""Atomic files, locks, and values for JSON."""
+"""Atomic files, locks, values for JSON, and files that are not what their names say."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ __all__ = [
     "LOCK",
     "check_folder",
     "finite",
+    "impostor",
     "is_draft",
     "lock_run",
     "locked",
@@ -258,3 +259,17 @@ def row_of(line: str | bytes) -> dict[str, Any] | None:
         return None
     whole = isinstance(row, dict) and isinstance(row.get("kind"), str)
     return row if whole and isinstance(row.get("step"), int) else None
+
+
+def impostor(start: bytes) -> str | None:
+    """What a file is by its first bytes, where it is none of those that are read.
+
+    >>> impostor(b"<!DOCTYPE html><html>")
+    'is a web page or XML: fetch it again'
+    """
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:60].lower()
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return "is a web page or XML: fetch it again"
+    if text.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS to the file: run git lfs pull"
+    return None

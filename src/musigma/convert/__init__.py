@@ -107,9 +107,14 @@ def convert(
     found = select(read(source), FAMILIES, family, weights)
     shares = {name: found.share(known) for name, known in FAMILIES.items()}
     nearest = max(shares, key=lambda name: shares[name])
-    near = f"{nearest} ({FAMILIES[nearest].what}), which knows {shares[nearest]:.0%} of the names"
-    name = family or _family(source, found, shares, near, options)
+
+    def share(name: str) -> str:
+        return f"{name} ({FAMILIES[name].what}), which knows {shares[name]:.0%} of the names"
+
+    name = family or _family(source, found, shares, share(nearest), options)
     known = FAMILIES[name]
+    nearest = name if shares[name] == shares[nearest] else nearest
+    near = share(nearest)
     for option in options.given():
         if option not in known.asks:
             raise ValueError(f"{option}: does not apply to a checkpoint of {name}; leave it out")
@@ -143,10 +148,13 @@ def _family(
     best = max(shares.values())
     if best < 0.5:
         some = printable(", ".join(list(found.tensors)[:5]))
+        held = (
+            f"{len(found.tensors)} tensors, the first are {some}" if some else "no tensors of one"
+        )
         hint = f"; the nearest known format is {near}" if best else ""
         raise ForeignError(
-            f"{source}: not a known kind of checkpoint; it holds {len(found.tensors)} tensors, "
-            f"the first are {some}{hint}. Known kinds: {', '.join(FAMILIES)} (--from selects one)"
+            f"{source}: not a known kind of checkpoint; it holds {held}{hint}. Known kinds: "
+            f"{', '.join(FAMILIES)} (--from selects one)"
         )
     names = [name for name, share in shares.items() if share == best]
     fitting = [name for name in names if FAMILIES[name].format == options.format] or names

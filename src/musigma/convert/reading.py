@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from musigma.files import impostor
+
 __all__ = ["Contents", "ForeignError", "Inert", "printable", "read", "read_json"]
 
 FILES = (
@@ -147,6 +149,10 @@ def _tensors(path: Path, notes: list[str]) -> dict[str, Any]:
             raise ForeignError(f"{path}: names shards that are not .safetensors files beside it")
         parts = [_tensors(path.parent / name, notes) for name in shards]
         return {name: t for part in parts for name, t in part.items()}
+    with path.open("rb") as file:
+        start = file.read(512)
+    if reason := impostor(start):
+        raise ForeignError(f"{path}: {reason}")
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
@@ -155,10 +161,8 @@ def _tensors(path: Path, notes: list[str]) -> dict[str, Any]:
                 raise ForeignError(f"{path}: is already a checkpoint of musigma")
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            start = file.read(2)
         if path.suffix == ".npz" or (
-            start not in (b"\x80\x02", b"\x80\x04") or tarfile.is_tarfile(path)
+            start[:2] not in (b"\x80\x02", b"\x80\x04") or tarfile.is_tarfile(path)
         ):
             raise ForeignError(
                 f"{path}: is not a .safetensors, .npz or torch.save file; if it was one, it is "

@@ -33,20 +33,6 @@ def damage(where: str) -> Iterator[None]:
         ) from error
 
 
-def impostor(start: bytes) -> str | None:
-    """What a file is by its first bytes, where it is none of those that are read.
-
-    >>> impostor(b"<!DOCTYPE html><html>")
-    'is a web page or XML: fetch it again'
-    """
-    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:60].lower()
-    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        return "is a web page or XML: fetch it again"
-    if text.startswith(b"version https://git-lfs"):
-        return "is a pointer of Git LFS to the file: run git lfs pull"
-    return None
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or what the operating system says."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__

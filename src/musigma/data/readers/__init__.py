@@ -20,7 +20,7 @@ from musigma.data.assembly import assemble
 from musigma.data.bounds import as_support
 from musigma.data.cache import derived, facts
 from musigma.data.dataset import UNTOUCHED, Dataset, Hashes, Preprocess
-from musigma.data.errors import DataError, damage, first_line, impostor
+from musigma.data.errors import DataError, damage, first_line
 from musigma.data.pairs import matching
 from musigma.data.raw import ARCHIVE, Progress, Request
 from musigma.data.readers.arrays import of_array, read_named, read_numpy
@@ -37,6 +37,7 @@ from musigma.data.readers.published import BUILT_IN
 from musigma.data.readers.remote import fetched, is_url, plain
 from musigma.data.schemas import as_schema
 from musigma.data.tables import Table
+from musigma.files import impostor
 from musigma.schema import Schema
 from musigma.support import Support
 
@@ -176,8 +177,8 @@ def load(
         _check_levels(data)
     if "label" in wanted and data.labels is None:
         raise request.error(
-            "given: it has no labels: put images into a folder for each class, or name "
-            "a column of a table 'label'"
+            "given: it has no labels: put images into a folder for each class (dog/1.png), name "
+            "a column of a table 'label', or give arrays x and y in an .npz file"
         )
     for file in files:
         data = attach(data, file, allow_constant=allow_constant, skip_bad=skip_bad)

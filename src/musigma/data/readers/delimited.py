@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from musigma.data.cache import float32
-from musigma.data.errors import damage, impostor, printable
+from musigma.data.errors import damage, printable
 from musigma.data.raw import Request
 from musigma.data.tables import (
     LABEL_NAMES,
@@ -35,6 +35,7 @@ from musigma.data.tables import (
     number,
     number_fault,
 )
+from musigma.files import impostor
 
 SEPARATORS = ",;\t| "
 SAMPLE = 50  # lines from which the format is read

@@ -56,7 +56,7 @@ from musigma.data.readers.layout import layout, official_masks
 from musigma.data.readers.others import conversion
 from musigma.data.tables import LABEL_NAMES
 
-RULES = "5"  # version of how folders and files beside images are read; older indices are stale
+RULES = "6"  # version of how folders and files beside images are read; older indices are stale
 BESIDE = (".cls", ".json", ".txt")  # suffixes of label files, the most reliable first
 WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
 MANY = 10_000  # files from which surveying them shows progress
@@ -302,6 +302,8 @@ class _Survey:
                 f"there are no labels: {found.unclassed} of {len(names)} images lie in no class "
                 "folder"
             )
+        if labels is None and found.folder and not found.unclassed:
+            label_names = (printable(found.folder),)  # the only class, where one is asked for
         test, validation = (None, None) if found.parts is None else official_masks(found.parts)
         arrays = {"labels": labels, "official_test": test, "official_validation": validation}
         headers = [self.images[name].header for name in names]
@@ -403,10 +405,16 @@ def _dataset(
         if which.any():
             first = printable(names[int(which.argmax())])
             request.note(f"{what}: {which.sum()} of {len(names)}, such as {first}")
+    labels, label_names = arrays.get("labels"), tuple(info["label_names"])
+    if labels is None and label_names:
+        asked = request.label is not None and request.allow_constant
+        labels, label_names = (
+            (np.zeros(len(names), np.int64), label_names) if asked else (None, ())
+        )
     return Dataset(
         x,
-        labels=arrays.get("labels"),
-        label_names=tuple(info["label_names"]),
+        labels=labels,
+        label_names=label_names,
         ids=tuple(map(printable, names)),
         official_test=arrays.get("official_test"),
         official_validation=arrays.get("official_validation"),

@@ -15,9 +15,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from musigma.data.errors import DataError, first_line, impostor, printable
+from musigma.data.errors import DataError, first_line, printable
 from musigma.data.raw import Request
 from musigma.data.readers.filesets import Place, content
+from musigma.files import impostor
 
 
 class Header(NamedTuple):

@@ -105,6 +105,7 @@ class Layout(NamedTuple):
     classes: np.ndarray | None  # of each file; None where there are no classes
     unclassed: int  # number of files in no class folder, where others are in one
     left_out: Mapping[int, str]  # why files are not examples, by their indices
+    folder: str = ""  # the innermost folder, if all files lie in one
 
 
 def layout(paths: Sequence[str]) -> Layout:
@@ -143,7 +144,9 @@ def layout(paths: Sequence[str]) -> Layout:
     def array(values: Mapping[int, str | None]) -> np.ndarray | None:
         return np.array([values.get(i, "") for i in range(len(paths))]) if values else None
 
-    return Layout(array(parts), array(classes), unclassed, out)
+    places = set(inner.values())
+    folder = places.pop()[-1:] if len(places) == 1 else ()
+    return Layout(array(parts), array(classes), unclassed, out, "".join(folder))
 
 
 def _without(folder: Folder, level: int) -> Folder:
