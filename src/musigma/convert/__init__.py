@@ -149,7 +149,9 @@ def _family(
     if best < 0.5:
         some = printable(", ".join(list(found.tensors)[:5]))
         held = (
-            f"{len(found.tensors)} tensors, the first are {some}" if some else "no tensors of one"
+            f"{len(found.tensors)} tensors, the first are {some}"
+            if some
+            else "no tensors of a model"
         )
         hint = f"; the nearest known format is {near}" if best else ""
         raise ForeignError(
