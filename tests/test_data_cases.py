@@ -753,6 +753,7 @@ def test_signs_between_digits_are_read(tmp_path, cell, value):
         "05h12m{0}s",
         "USD {0}",
         "€{0}",
+        "{0}±0.5",
     ],
 )
 @pytest.mark.parametrize("kind", [None, "infer"])
@@ -762,10 +763,18 @@ def test_numbers_with_units_are_no_names_of_rows(tmp_path, cell, kind):
     shown = re.escape(repr(cell.format("100.000")))
     with fails(f"column 'a' holds numbers with units or signs, such as {shown}: write plain"):
         load(tmp_path / "x.csv", schema=kind)
-    for name in ("S-{0}", "p{0}", "{0}_7", "a-{0}.png", "10.0.0.{0}"):
+    for name in ("S-{0}", "p{0}", "{0}_7", "a-{0}.5.png", "10.0.0.{0}", "1.{0}.7"):
         rows = [f"{name.format(i)},{b}" for i, (_, b) in enumerate(X.tolist())]
         (tmp_path / "x.csv").write_text("\n".join(["a,b", *rows]))
         assert load(tmp_path / "x.csv", schema=kind).columns == ("b",)
+
+
+def test_lists_are_no_names_of_rows(tmp_path):
+    rows = [f'"[{a}, {b}]",{b}' for a, b in X.tolist()]
+    (tmp_path / "x.csv").write_text("\n".join(["a,b", *rows]))
+    for kind in (None, "infer"):
+        with fails(r"column 'a' holds text that looks like lists, such as '\[16.74, 19.13\]'"):
+            load(tmp_path / "x.csv", schema=kind)
 
 
 def test_codes_are_not_read_as_numbers_in_silence(tmp_path):

@@ -21,10 +21,12 @@ from musigma.data.raw import Request, allocate
 from musigma.data.sampling import different
 from musigma.data.tables import (
     DATE,
+    LIST,
     PADDED,
     Table,
     Words,
     is_number,
+    list_fault,
     names_rows,
     text_of,
     unit_fault,
@@ -159,7 +161,10 @@ class _Content:
         words = list(texts)
         if len(words) > MANY and (cell := with_units(words[:1000])):
             raise _Unusable(unit_fault(cell))
-        if len(words) > 2 and all(map(DATE.fullmatch, words)):
+        if len(words) > MANY and all(map(LIST.fullmatch, words)):
+            raise _Unusable(list_fault(words[0]))
+        dated = re.search(r"\d{4}|:", words[0])  # 1.2.3 is a version
+        if dated and len(words) > 2 and all(map(DATE.fullmatch, words)):
             pattern = re.sub(r"\d", "0", words[0])
             other = next((w for w in words if re.sub(r"\d", "0", w) != pattern), words[-1])
             raise _Unusable(

@@ -44,7 +44,8 @@ MARKED = (
 PADDED = re.compile(r"\s*[+-]?0\d")  # digits that are not a number: 007
 WHOLE = re.compile(r"\s*[+-]?\d+(\.0*)?\s*")
 LIST = re.compile(r"\s*[\[(]\s*[-+.\d].*[\])]\s*", re.DOTALL)
-DECIMAL = re.compile(r"[^.,]*\d[.,]\d+(?![.,]\d)[^.,]*")  # text with one number with decimals
+DECIMAL = re.compile(r"(?<![\d.,])\d+[.,]\d+(?![.,]?\d)")  # no part of 10.0.0.1
+FILE = re.compile(r"\.[A-Za-z]\w{1,4}$")
 UNITS = 5  # different units of the numbers of a column
 LARGEST = np.finfo(np.float32).max
 
@@ -171,7 +172,10 @@ def with_units(cells: Sequence[str]) -> str | None:
         m if (m := MARKED.fullmatch(text)) and is_plain(m["number"]) else None for text in texts
     ]
     units = {match["unit"].strip() for match in found if match and match["unit"][:1] not in "dD"}
-    if (None in found or len(units) > UNITS) and not all(map(DECIMAL.fullmatch, texts)):
+    if None in found and all(map(LIST.fullmatch, texts)):
+        return None
+    decimals = all(DECIMAL.search(text) and not FILE.search(text) for text in texts)
+    if (None in found or len(units) > UNITS) and not decimals:
         return None
     marked = [text for text in texts if not is_plain(text)]
     return marked[0] if len(marked) > len(texts) / 2 else None
@@ -383,7 +387,8 @@ def names_rows(table: Table, j: int) -> bool:
     if kind in ("empty", "other", "list") or (kind == "number" and not called):
         return False
     texts = table.cells(j, LOOKED_AT)
-    if not called and (len(texts) < 2 or with_units(texts[:1000])):
+    measured = with_units(texts[:1000]) or as_lists(table, j)
+    if not called and (len(texts) < 2 or measured):
         return False
     whole = kind == "text" or all(map(WHOLE.fullmatch, texts))
     return whole and len(set(texts)) == len(texts)
