@@ -551,18 +551,110 @@ def planar_logdet_at_its_output():
     return density([PlanarAtTheOutput(D), Planar(D)])
 
 
+class Free(nn.Module):
+    """A planar layer without its constraint."""
+
+    def __init__(self, size, offset=0.0):
+        super().__init__()
+        self.w, self.u = (nn.Parameter(size * torch.randn(D)) for _ in range(2))
+        self.b, self.offset = nn.Parameter(torch.zeros(())), offset
+
+    def free(self):
+        return self.u
+
+    def forward(self, z):
+        u = self.free()
+        t = torch.tanh(z @ self.w + self.b)
+        slope = (1 + (1 - t**2) * (self.w @ u)).abs()
+        return z + t[:, None] * u, torch.log(slope + self.offset)
+
+
+class Bound(Free):
+    """With it."""
+
+    def free(self):
+        product = self.w @ self.u
+        return self.u + (F.softplus(product) - 1 - product) * self.w / self.w.square().sum()
+
+
 @entry("bug|warning|incomplete", "not_injective|logdet_mismatch")
 def planar_without_its_constraint():
-    class Free(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(D))
-            self.u = nn.Parameter(-3.0 * self.w.detach() / self.w.detach().square().sum())
-            self.b = nn.Parameter(torch.zeros(()))
+    layer = Free(1.0)
+    with torch.no_grad():
+        layer.u.copy_(-3 * layer.w / layer.w.square().sum())
+    return density([layer])
 
-        def forward(self, z):
-            t = torch.tanh(z @ self.w + self.b)
-            logdet = torch.log((1 + (1 - t**2) * (self.w @ self.u)).abs())
-            return z + t[:, None] * self.u, logdet
 
-    return density([Free()])
+@entry("bug", "not_injective")
+def planar_without_its_constraint_near_the_identity():
+    return density([Free(0.05), Free(0.05)])
+
+
+@entry("correct")
+def planar_with_a_small_number_in_its_logarithm():
+    return density([Bound(0.4, 1e-4) for _ in range(3)])
+
+
+# --- statistics of the batch ---------------------------------------------------------------------
+
+
+class Standardized(nn.Module):
+    """By statistics of the batch, which get a gradient in z, in the log-det, in both or none."""
+
+    def __init__(self, in_z, in_logdet):
+        super().__init__()
+        self.in_z, self.in_logdet = in_z, in_logdet
+
+    def forward(self, z):
+        mean, var = z.mean(0), z.var(0) + 1e-5
+        m, v = (mean, var) if self.in_z else (mean.detach(), var.detach())
+        logdet = -0.5 * (var if self.in_logdet else var.detach()).log().sum()
+        return (z - m) / v.sqrt(), logdet.expand(len(z))
+
+
+def standardized(in_z, in_logdet):
+    return density([Coupling(D), Standardized(in_z, in_logdet), Coupling(D)], x=torch.randn(40, D))
+
+
+@entry("correct")
+def constant_statistics_of_the_batch():
+    return standardized(False, False)
+
+
+@entry("bug", "no_gradient")
+def statistics_of_the_batch_that_are_detached_in_the_logdet():
+    return standardized(True, False)
+
+
+# --- from noise to a density that is given -------------------------------------------------------
+
+
+def from_noise(flows, sign=1):
+    """KL(q || p) to p of an energy, by draws of q."""
+    flows = nn.ModuleList(flows)
+
+    def step():
+        x = z = torch.randn(B, D)
+        total = torch.zeros(B)
+        for flow in flows:
+            z, logdet = flow(z)
+            total = total + logdet  # logdet
+        energy = ((z.norm(dim=1) - 2) / 0.4) ** 2 / 2 - torch.log(z[:, 0].square() + 0.1)
+        return (standard(x) - sign * total + energy).mean()
+
+    return Built(step, (flows,))
+
+
+@entry("correct")
+def flow_from_noise():
+    return from_noise([Bound(0.4), Coupling(D)])
+
+
+@entry("bug", "logdet_mismatch")
+def flow_from_noise_with_the_wrong_sign():
+    return from_noise([Coupling(D)], -1)
+
+
+@entry("bug", "not_injective")
+def flow_from_noise_that_may_fold():
+    return from_noise([Free(0.01), Free(0.01)])

@@ -471,6 +471,29 @@ def mixture_prior_by_the_sum_of_ten_draws():
     return mixture_prior_by_draws(Normal.rsample, torch.sum)
 
 
+@entry("correct")
+def adversary_of_permuted_draws():
+    """An adversary gets a draw of other examples, detached; backward is called for both."""
+    encode, decode, judge = Encoder(), decoder(), mlp(L, 2)
+    x, others = data(), data()
+
+    def draw(x):
+        mu, b = encode(x)
+        return mu + (0.5 * b).exp() * torch.randn_like(mu), 0.5 * (mu**2 + b.exp() - b - 1)
+
+    def step():
+        z, kl = draw(x)
+        scores = judge(z)
+        loss = bce(decode(z), x) + kl.sum() + (scores[:, 0] - scores[:, 1]).sum()
+        loss.backward(retain_graph=True)
+        permuted = torch.stack([t[torch.randperm(B)] for t in draw(others)[0].unbind(1)], 1)
+        judged = torch.cat([scores, judge(permuted.detach())])
+        F.cross_entropy(judged, torch.arange(2).repeat_interleave(B)).backward()
+        return loss
+
+    return Built(step, (encode, decode, judge, x, others))
+
+
 @entry("bug", "no_gradient")
 def mixture_prior_by_ten_draws_without_gradient():
     return mixture_prior_by_draws(Normal.sample)

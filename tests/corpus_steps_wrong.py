@@ -591,6 +591,48 @@ def importance_weights_that_are_detached():
     return importance(combine)
 
 
+def weighted_copies(draws):
+    """The examples are copied before the encoder, once for each draw."""
+    encode, decode = Encoder(), decoder()
+    x = data().expand(draws, B, D)
+
+    def step():
+        mu, log_var = encode(x)
+        q = Normal(mu, (0.5 * log_var).exp())
+        z = q.rsample()
+        log_x = -F.binary_cross_entropy_with_logits(decode(z), x, reduction="none").sum(-1)
+        log_w = log_x + (Normal(0.0, 1.0).log_prob(z) - q.log_prob(z)).sum(-1)
+        most = log_w.amax(0)
+        return -((log_w - most).exp().mean(0).log() + most).mean()
+
+    return Built(step, (encode, decode, x))
+
+
+@entry("correct")
+def importance_weights_of_copies():
+    return weighted_copies(4)
+
+
+@entry("correct")
+def importance_weight_of_one_draw():
+    return weighted_copies(1)
+
+
+@entry("bug", "iw_value")
+def importance_weights_with_the_kl_in_closed_form():
+    encode, decode, x = Encoder(), decoder(), data()
+
+    def step():
+        mu, b = encode(x)
+        q = Normal(mu, F.softplus(b))
+        logits, target = decode(q.rsample((4,))), x.expand(4, B, D)
+        log_x = -F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1)
+        kl = kl_divergence(q, Normal(0.0, 1.0)).sum(-1)
+        return -(torch.logsumexp(log_x - kl, 0) - math.log(4)).mean()
+
+    return Built(step, (encode, decode, x))
+
+
 @entry("correct|incomplete")
 def squares_of_importance_weights():
     def combine(log_x, log_p, log_q):

@@ -8,7 +8,7 @@ autograd's Jacobian of the recorded graph. With x held, moving v shows p.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,14 +24,26 @@ from musigma.audit.probes import Over
 from musigma.audit.step_kl import terms
 from musigma.testing import jacobian
 
-__all__ = ["EXACT", "MOVES", "Change", "Output", "is_residual", "measure", "outputs", "squared"]
+__all__ = [
+    "EXACT",
+    "MOVES",
+    "ROUNDING",
+    "Change",
+    "Output",
+    "ends",
+    "is_residual",
+    "measure",
+    "outputs",
+    "squared",
+]
 
 MOST_DIMENSIONS = 1024
 SECONDS = 60.0  # for one Jacobian
 EXACT, ROUNDING = 1e-3, 1e-6  # relative errors of a log-determinant
 MOVES = 5
-# By how many of its standard deviations x is moved, and by how much parameters: the first finite
+# By how many of its standard deviations x is moved, and by how much parameters
 NEAR, FAR = ((0.3, 0.05), (0.01, 0.05), (1e-4, 0.05)), ((1.0, 2.0), (1.0, 0.5), (0.3, 0.5))
+CHOICES = 30  # of random parameters
 STEPS, REACH = 4, 1.0  # towards a determinant of zero, each of at most so many standard deviations
 STATISTICS = ("mean", "var", "std", "sum", "var_mean", "std_mean")
 SIZES = ("abs", "pow", "square", "mul", "linalg_vector_norm", "norm")
@@ -195,7 +207,8 @@ class Change(Map):
     def folds(self) -> bool:
         """Whether the sign of the Jacobian's determinant differs between places.
 
-        These are random, or where steps towards a smaller determinant end.
+        These are random, or where steps towards a smaller determinant end; or those of the step
+        itself, with other parameters, if all are vectors, as of a planar flow.
         """
         base, found = self.graph.get(self.x), [self.own]
         generator, std = torch.Generator().manual_seed(37), float(base.std())
@@ -208,7 +221,22 @@ class Change(Map):
         for x in path[-2:]:
             with suppress(*FAILURES):  # so far out
                 found.append(self.volume_at({self.x: x}))
-        return all(Volume(*map(torch.cat, zip(*found, strict=True))).signs())
+        choices = self._parameters(generator)
+        others = (self.volume_at(p) for p in choices if self.rest_at(p).isfinite())
+        return all(Volume(*map(torch.cat, zip(*found, strict=True))).signs()) or any(
+            all(volume.signs()) for volume in others
+        )
+
+    def _parameters(self, generator: torch.Generator) -> Iterator[dict[int, Tensor]]:
+        """Random parameters of the map; none if one is a matrix, or if the step branches on it."""
+        graph, above = self.graph, self.graph.upstream(self.parts, stop=[self.x])
+        own = [v for i in above if (v := graph[i]).kind == "parameter"]
+        read = graph.upstream(n.ins[0] for n in graph.nodes if n.name == "_local_scalar_dense")
+        vectors = all(v.numel == max(v.shape, default=1) and v.id not in read for v in own)
+        for _ in range(CHOICES if vectors and own and self.fit[1] < ROUNDING else 0):
+            sizes = 10 ** (2 * torch.rand(len(own), generator=generator) - 1).double()
+            noise = (torch.randn(v.shape, generator=generator, dtype=torch.float64) for v in own)
+            yield {v.id: s * e for v, s, e in zip(own, sizes, noise, strict=True)}
 
     def _towards_zero(self, x: Tensor, most: float) -> Tensor:
         """x after a step to where a linear determinant is as large, with the other sign."""
@@ -307,7 +335,7 @@ def measure(
     found = Map(graph, loss, x, output, held, rows, parameters, beside, noise)
     try:
         curvature, _, quadratic = found.in_v({})
-        if not bool(curvature.abs().max() > 0):
+        if not bool(curvature.any()):
             return None
         if any(t.numel() % rows for t in found.v.values()) or found._couples_examples():
             found.rows = 1
@@ -320,8 +348,8 @@ def measure(
     free = [v.id for v in leaves if parameters and v.source is not None and v.source.requires_grad]
     units = _units(graph, noise, base.numel() // rows)
     size = float(base.std()) if base.numel() > 1 and float(base.std()) > 0 else 1.0
-    for spread, moved in FAR if far else NEAR:
-        places = _places(graph, x, free, spread * size, moved, far)
+    sizes = [_places(graph, x, free, s * size, p, far) for s, p in (FAR if far else NEAR)]
+    for places in [_least_singular(found, sizes)] if far else sizes:
         try:
             volumes = [found.volume_at(p) for p in places]
             with torch.no_grad():
@@ -338,6 +366,20 @@ def measure(
                 curvature=curvature[mapped], quadratic=quadratic,
             )  # fmt: skip
     return None
+
+
+def _least_singular(found: Map, sizes: list[list[dict[int, Tensor]]]) -> list[dict[int, Tensor]]:
+    """The places with the largest determinants: a small number that is added shows least."""
+
+    def least(place: dict[int, Tensor]) -> float:
+        try:
+            return float(found.volume_at(place).log_det.min().nan_to_num(-math.inf))
+        except FAILURES:
+            return -math.inf
+
+    own, *others = sizes[0]
+    others += [place for more in sizes[1:] for place in more[1:]]
+    return [own, *sorted(others, key=least)[-MOVES:]]
 
 
 def _places(
@@ -403,15 +445,25 @@ def outputs(graph: Graph, loss: int, x: int) -> list[Output]:
     if smaller and sum(graph[i].numel for i in smaller) == numel:
         heads = dict.fromkeys(h for i in smaller for h in found[i])
         answer[-1] = Output(tuple(smaller), True, tuple(heads))
-    if answer:
-        return list(answer.values())
-    rest = [
+    return list(answer.values()) or ends(graph, loss, x)
+
+
+def ends(graph: Graph, loss: int, x: int) -> list[Output]:
+    """Values of the size of x that layers end in."""
+    after, numel = graph.downstream([x]) & graph.upstream([loss]), graph[x].numel
+
+    def is_made(node: Node | None) -> bool:  # and not a view of another of that size
+        return node is not None and not (
+            node.view and any(graph[k].numel == numel for k in node.ins)
+        )
+
+    found = [
         v.id
         for v in reversed(graph.values)
-        if v.id in after and v.numel == numel and v.floating and v.origin & Origin.PARAMETERS
-        and v.node is not None and not v.node.view and _is_last(graph, v.id)
+        if v.id in after and v.numel == numel and v.floating and is_made(v.node)
+        and v.origin & Origin.PARAMETERS and _is_last(graph, v.id)
     ]  # fmt: skip
-    return [Output((i,), False) for i in rest[:6]]
+    return [Output((i,), False) for i in found[:6]]
 
 
 def squared(graph: Graph, node: Node, after: set[int]) -> int | None:

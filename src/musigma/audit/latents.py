@@ -137,7 +137,7 @@ def _latent(graph: Graph, draw: Value, live: set[int], known: list[Latent]) -> L
     """The latent of a draw; None if its noise is no part of mean + sigma * noise."""
     zero = torch.zeros_like(graph.get(draw.id))
     generator = torch.Generator().manual_seed(3)
-    unit = torch.randn(zero.shape, generator=generator, dtype=zero.dtype)
+    unit = 10 * torch.randn(zero.shape, generator=generator, dtype=zero.dtype)
     todo, seen = [draw.id], set()
     unshifted: int | None = None  # sigma * noise, given to a layer without a mean
     while todo:

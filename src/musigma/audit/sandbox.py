@@ -192,7 +192,8 @@ class Sandbox:
         Raises:
             AuditError: If it raises or exceeds the time limit; with its name and input shapes.
         """
-        given = ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else repr(a) for a in args)
+        shapes = ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else repr(a) for a in args)
+        given = f"{name}: given {shapes}," if args else f"{name}:"
         versions = [a._version if isinstance(a, Tensor) else 0 for a in args]
         try:
             with _limited(self.seconds), warnings.catch_warnings():
@@ -204,13 +205,13 @@ class Sandbox:
             return answer
         except _TooSlow:
             raise TooSlowError(
-                f"{name}: given {given}, it did not end within {self.seconds:g} s; make it faster "
+                f"{given} it did not end within {self.seconds:g} s; make it faster "
                 "or give it smaller inputs"
             ) from None
         except (Exception, SystemExit) as error:
             words = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
             reason = f"{type(error).__name__}: {words[:300]}" if words else type(error).__name__
-            raise AuditError(f"{name}: given {given}, it raises {reason}") from error
+            raise AuditError(f"{given} it raises {reason}") from error
 
     def as_tensor(self, name: str, value: Any) -> Tensor:
         """The result of a callable as a tensor, detached, in float64 on the CPU.

@@ -20,7 +20,11 @@ from musigma.audit.latents import find_latents, stray_draws
 from musigma.audit.probes import Prober
 from musigma.audit.runs import Run, Runner, at, short_place, unexamined
 from musigma.audit.sandbox import Sandbox
-from musigma.audit.step_flow import check_dequantization, check_flow
+from musigma.audit.step_flow import (
+    check_dequantization,
+    check_flow,
+    check_flow_of_noise,
+)
 from musigma.audit.step_kl import penalized_heads
 from musigma.audit.step_latent import Subject, check_latent
 
@@ -125,7 +129,7 @@ def _lines_of_draws(graph: Graph, loss: int, *kinds: Kind) -> str:
 def _without_latent(graph: Graph, loss: int) -> Iterator[Outcome]:
     """Examine a step that draws no Gaussian latent: as that of a flow, if it is one."""
     others = _lines_of_draws(graph, loss, "other")
-    if not others and (found := check_flow(graph, loss)):
+    if not others and (found := check_flow(graph, loss) or check_flow_of_noise(graph, loss)):
         yield from found
         return
     if others:
@@ -136,7 +140,7 @@ def _without_latent(graph: Graph, loss: int) -> Iterator[Outcome]:
     elif lines := _lines_of_draws(graph, loss, "gaussian", "random"):
         why = (
             f"no draw of the step ({lines}) is Gaussian noise in mean + sigma * noise, with "
-            "a mean that depends on parameters"
+            "a mean that depends on parameters; nor is this the likelihood of a flow"
         )
     else:
         why = (

@@ -12,8 +12,10 @@ from torch import Tensor
 from musigma.audit.change_of_variables import (
     EXACT,
     MOVES,
+    ROUNDING,
     Change,
     Output,
+    ends,
     is_residual,
     measure,
     outputs,
@@ -31,6 +33,7 @@ __all__ = [
     "check_dequantization",
     "check_dequantized_flow",
     "check_flow",
+    "check_flow_of_noise",
     "check_posterior_flow",
     "layers_before_prior",
 ]
@@ -97,6 +100,29 @@ def _is_only(change: Change) -> bool:
     return not (
         any(n.name in LOSSES for n in nodes) or any(is_residual(graph, i, after) for i in errors)
     )
+
+
+def check_flow_of_noise(graph: Graph, loss: int) -> list[Outcome]:
+    """Examine a flow of noise x to v, fitted to a density; nothing if there is none.
+
+    The loss has -log |det dv/dx|, and perhaps log q(x), beside the density at v.
+    """
+    draws = [v.id for v in graph.draws("gaussian") if v.id in graph.upstream([loss])]
+    for x, output in ((draw, end) for draw in draws for end in ends(graph, loss, draw)):
+        change = measure(graph, loss, x, output, {})
+        if change is None or not change.moves_volume:
+            continue
+        square = torch.stack([(p.get(x, graph.get(x)) ** 2).sum() / 2 for p in change.places])
+        parts = torch.stack([change.volume, square[1:] - square[0]], 1)
+        factor, own = torch.linalg.lstsq(parts, change.rest).solution
+        if not float((factor * change.volume).abs().max()) > 1e-9:
+            continue
+        change = replace(change, rest=change.rest - own * parts[:, 1])
+        known = min(abs(own), *(abs(own / factor - k) for k in (1, -1))) < EXACT
+        if known and change.fit[1] <= ROUNDING:
+            at_density = Skipped(f"the density of v{at(change.where)}: it is given")
+            return [_mismatch(change)] if factor > 0 else [*_check_map(change), at_density]
+    return []
 
 
 # --- flows beside a latent -----------------------------------------------------------------------
@@ -200,8 +226,15 @@ def check_dequantized_flow(
 
 
 def _check_change(change: Change, weight: float) -> Iterator[Outcome]:
-    """Examine the gradient of a right log-determinant, and the density of v."""
-    place = at(change.where)
+    """Examine a map with a right log-determinant, and the density of v."""
+    yield from (found := list(_check_map(change)))
+    if any(isinstance(outcome, Passed) for outcome in found):
+        yield from _check_density(change, weight)
+
+
+def _check_map(change: Change) -> Iterator[Outcome]:
+    """Examine the gradient of a right log-determinant, and whether the map is injective."""
+    place, factor = at(change.where), change.factor
     if _is_detached(change):
         yield bug("no_gradient", "log_det", where=change.where)
     if _is_stopped(change):
@@ -215,8 +248,8 @@ def _check_change(change: Change, weight: float) -> Iterator[Outcome]:
         return
     masked = len(change.mapped) - int(change.mapped.sum())
     off = error = 0.0
-    if change.moves_volume and change.fit[1] > EXACT:
-        off = float((change.rest / weight + change.volume).abs().max())
+    if factor and change.fit[1] > EXACT:
+        off = float((change.rest / factor - change.volume).abs().max())
         error = off / float(change.volume.abs().max())
     if error > MOST_ERROR and off > UNSEEN * int(change.mapped.sum()):
         yield Missing(
@@ -230,7 +263,11 @@ def _check_change(change: Change, weight: float) -> Iterator[Outcome]:
         + (f", but for {error:.2%}, the error of a solver" if error else "")
         + (f", without {masked} masked entries" if masked else "")
     )
-    a = change.curvature
+
+
+def _check_density(change: Change, weight: float) -> Iterator[Outcome]:
+    """Compare the density of v with N(0, 1), or with another."""
+    place, a = at(change.where), change.curvature
     if not change.quadratic:
         yield _check_other_prior(change, weight)
     elif not bool((a > 0).all()):
@@ -268,13 +305,15 @@ def _is_detached(change: Change) -> bool:
     graph = change.graph
     after = graph.downstream([change.x], stop=change.parts) - set(change.parts)
     own = terms(graph, change.loss, change.parts)
+    trained = graph.connected([change.loss])
+    fixed = {i: t for i, t in change.held.items() if i not in trained}  # to v as well
     reached = graph.connected([change.loss], stop=own)
     own = [t for t in own if t in after and graph[t].origin & Origin.PARAMETERS]
     leaves = {v.id: graph.get(v.id) for v in graph.values if v.kind == "parameter"}
     moved = {i: t * (1 + 1e-7) if t.is_floating_point() else t for i, t in leaves.items()}
 
     def is_constant(term: int) -> bool:  # as a sum of the slopes of leaky ReLUs
-        return torch.equal(graph.value(moved, term), graph.get(term))
+        return torch.equal(graph.value({**moved, **fixed}, term), graph.get(term))
 
     cut = [t for t in own if t not in reached or not graph.connected([t]) & leaves.keys()]
     return not all(map(is_constant, cut))

@@ -472,6 +472,8 @@ def log_weights(graph: Graph, latent: Latent, loss: int, decoder: Over) -> list[
     for node in graph.nodes:
         if node.name not in ("logsumexp", "_softmax", "_log_softmax", "exp", "exp_"):
             continue
+        if any(graph[n.outs[0]].numel == graph[n.ins[0]].numel for n in _sums(graph, node)):
+            continue  # of a single weight
         given, cut = node.ins[0], graph[node.ins[0]].node
         if cut is not None and cut.name == "sub" and given in both:  # the largest is subtracted
             whole, *largest = cut.ins
@@ -480,6 +482,13 @@ def log_weights(graph: Graph, latent: Latent, loss: int, decoder: Over) -> list[
         found += [given] if given in both and both.intersection(node.outs) else []
     found = [i for i in dict.fromkeys(found) if i not in latent.heads]
     return [i for i in found if move_together(graph, i, decoder, latent.heads, decoder)]
+
+
+def _sums(graph: Graph, node: Node) -> list[Node]:
+    """The operations that sum exponentials."""
+    if node.name == "logsumexp":
+        return [node]
+    return [n for o in node.outs for n in graph[o].users if n.name in ("sum", "mean")]
 
 
 def move_together(graph: Graph, i: int, held: Over, *groups: Collection[int]) -> bool:

@@ -86,6 +86,14 @@ class Subject(OfLatent):
         """Whether the step has no other latent."""
         return len(self.latents) == 1
 
+    def is_data(self, view: View) -> bool:
+        """Whether a loss sends z no gradient, and trains its encoder by another draw."""
+        graph, trained = self.graph, self.graph.connected([self.loss])
+        above = graph.upstream(self.latent.heads)
+        layers = {i for i in above if graph[i].kind == "parameter"}
+        own = {self.latent.z, *self.latent.heads}
+        return view.flat and not trained & own and layers <= trained
+
     def flow(self) -> list[Outcome]:
         """What is said of a flow between the draw and the prior; nothing if there is none."""
         found = check_posterior_flow(self.prober, self.loss) if self.is_alone else []
@@ -97,6 +105,9 @@ def check_latent(on: Subject) -> Iterator[Outcome]:
     """Examine the posterior, the KL and the gradients of one latent."""
     latent, shape = on.latent, on.graph[on.latent.z].shape
     divergence = find_divergence(on.prober, on.latents, on.loss)
+    if on.is_data(divergence.view):
+        yield Skipped(f"z{at(latent.where)}: detached, as data of an adversary")
+        return
     curve = sampled_scale(divergence.view.prober) or sampled_scale(on.prober)
     on = replace(on, curve=curve)
     details = {} if curve is None else {"convention": curve.to_dict()}
@@ -310,6 +321,8 @@ class KLInLogWeights(KL):
                 "the gradient that reaches the decoder is not that of an importance-weighted bound"
             )
             yield unexamined("the importance weights", where, why)
+        elif not self.view.by_draws:
+            yield bug("iw_value", "step", where=where)
 
     def stopped(self, on: Subject) -> Tensor:
         return _cut_off(on, self.view)

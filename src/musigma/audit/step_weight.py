@@ -257,9 +257,15 @@ def run_of_half(
 
 
 def mixed_examples(graph: Graph, latents: list[Latent], loss: int) -> str | None:
-    """The line of a log-sum-exp over the examples of a batch; None if there is none."""
-    rows = _count(graph, meetings(graph, latents, loss))
-    live = graph.upstream([loss])
+    """The line of a log-sum-exp over the examples of a batch; None if there is none.
+
+    Copies of an example, one for each draw, are one.
+    """
+    met = meetings(graph, latents, loss)
+    x = graph.get(met[0][1]) if met else torch.zeros(1, 1)
+    while x.ndim > 1 and bool((x == x[:1]).all()):
+        x = x[0]
+    rows, live = len(x.unique(dim=0)), graph.upstream([loss])
     for node in graph.nodes:
         if node.name != "logsumexp" or not live.intersection(node.outs):
             continue
