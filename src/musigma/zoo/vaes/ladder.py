@@ -44,7 +44,8 @@ def ladder(
     """A ladder of latents, from small feature maps to large (Child, 2021, arXiv:2011.10650).
 
     The image is halved until its smaller side is at most 7. The latents are spread over all sizes
-    except the full one, smallest first.
+    except the full one, smallest first. For color images ``--lr 1e-3`` is stable, where the
+    default of 3e-3 makes training go back to earlier states.
 
     Args:
         shape: (C, H, W), at least 4x4.
