@@ -929,3 +929,12 @@ def test_the_prior_of_a_conditional_vae_depends_on_its_context():
     check_model(build("vae", (5,), context=2, **options), (5,), context=2)
     with pytest.raises(ValueError, match="prior: 'conditional' needs a context"):
         build("vae", (5,), prior="conditional", **options)
+
+
+def test_an_npy_file_of_two_arrays_is_refused(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(20, 3))
+    with (tmp_path / "two.npy").open("wb") as file:
+        np.save(file, rows)
+        np.save(file, rows[:, 0])
+    with pytest.raises(DataError, match=r"two\.npy: bytes follow its array of shape \(20, 3\)"):
+        musigma.data.load(tmp_path / "two.npy")

@@ -43,7 +43,13 @@ def read_numpy(path: Path, request: Request) -> Dataset:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    x = np.load(path, mmap_mode="r", allow_pickle=False)
+    if isinstance(x, np.memmap) and path.stat().st_size > x.offset + x.nbytes:
+        raise DataError(
+            f"{path}: bytes follow its array of shape {x.shape}, as where several are saved into "
+            "one file: save each into a file of its own, or all into one .npz"
+        )
+    return x
 
 
 def _read_npz(path: Path, request: Request) -> Dataset:
