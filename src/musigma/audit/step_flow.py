@@ -118,7 +118,7 @@ def check_flow_of_noise(graph: Graph, loss: int) -> list[Outcome]:
         if not float((factor * change.volume).abs().max()) > 1e-9:
             continue
         change = replace(change, rest=change.rest - own * parts[:, 1])
-        known = min(abs(own), *(abs(own / factor - k) for k in (1, -1))) < EXACT
+        known = min(abs(own), abs(own / abs(factor) + 1)) < EXACT  # left out, or log q(x)
         if known and change.fit[1] <= ROUNDING:
             at_density = Skipped(f"the density of v{at(change.where)}: it is given")
             return [_mismatch(change)] if factor > 0 else [*_check_map(change), at_density]
