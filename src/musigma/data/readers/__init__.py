@@ -281,8 +281,9 @@ def _read_path(path: Path, request: Request) -> Dataset:
         ending = Path(path.stem).suffix.lower()
     with path.open("rb") as file:
         start = file.read(512)
+    hint = "the URL of a folder ends with /; " if where.startswith(("http:", "https:")) else ""
     if reason := impostor(start):
-        raise request.error(reason)
+        raise request.error(f"{reason}; {hint}".removesuffix("; "))
     if ending in READERS:
         with damage(where):
             return READERS[ending](path, request)
@@ -292,7 +293,6 @@ def _read_path(path: Path, request: Request) -> Dataset:
         raise request.error(how)
     if start[:2] in (b"\x00\x00", b"\x1f\x8b"):  # the magic of IDX, and of gzip around it
         return Dataset(idx_images(path.read_bytes(), where))
-    hint = "the URL of a folder ends with /; " if where.startswith(("http:", "https:")) else ""
     raise request.error(f"its format is unknown: {hint}give {UNDERSTOOD}")
 
 
