@@ -45,6 +45,7 @@ ONE_CORE = {
     "color-ladder": (60, "ladder cifar10-jpeg.tar.xz"),
 }
 """Runs on one thread; their minutes are those of one core."""
+OWN = MODELS | ONE_CORE
 PEERS = {"pythae": (10, "pythae", "mnist"), "normflows": (10, "normflows", "mnist")}
 """Minutes, library and images; pythae's VAE gets binarized ones."""
 PICTURES = {
@@ -57,7 +58,7 @@ PICTURES = {
 def run(names: list[str], steps: int | None) -> None:
     """Train the models that are not trained yet."""
     for name in names:
-        minutes, words = (MODELS | ONE_CORE)[name]
+        minutes, words = OWN[name]
         budget = ["--steps", str(steps)] if steps else ["--minutes", str(minutes)]
         architecture, data, *options = words.split()
         if data.startswith("cifar10"):
@@ -95,13 +96,11 @@ def record(name: str) -> dict:
     """The command, the curve and the figures of a finished run."""
     rows = [json.loads(r) for r in (RUNS / name / "metrics.jsonl").read_text().splitlines()]
     figure = json.loads((RUNS / name / "evaluation.json").read_text())
-    minutes = (MODELS | ONE_CORE | PEERS)[name][0]
+    minutes = (OWN | PEERS)[name][0]
     curve = [r for r in rows if r["kind"] == "evaluation"]
     steps = figure.pop("steps", curve[-1]["step"])
     found = {
-        "run": " on ".join(PEERS[name][1:])
-        if name in PEERS
-        else f"musigma train {(MODELS | ONE_CORE)[name][1]}",
+        "run": " on ".join(PEERS[name][1:]) if name in PEERS else f"musigma train {OWN[name][1]}",
         "minutes": minutes,
         "cores": 1 if name in ONE_CORE else 2,
         "steps": steps,
@@ -123,7 +122,7 @@ def record(name: str) -> dict:
 def collect() -> None:
     """Add finished runs to the JSON file, and draw the curves and the samples of color images."""
     store = DOCS / "figures" / "quality.json"
-    names = MODELS | ONE_CORE | PEERS
+    names = OWN | PEERS
     done = [name for name in names if (RUNS / name / "evaluation.json").exists()]
     runs = json.loads(store.read_text()) | {name: record(name) for name in done}
     runs = {name: runs[name] for name in names if name in runs}

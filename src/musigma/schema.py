@@ -19,6 +19,7 @@ __all__ = ["Cells", "Column", "Kind", "Schema", "fraction"]
 
 Kind = Literal["continuous", "count", "ordinal", "category", "boolean", "date", "datetime"]
 
+NUMERIC = ("continuous", "count")
 LEVELLED = ("ordinal", "category", "boolean")
 DISCRETE = ("count", "date", *LEVELLED)
 
@@ -139,6 +140,11 @@ class Column:
     def has_levels(self) -> bool:
         """Whether values are levels, stored by their positions."""
         return self.kind in LEVELLED
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether values are numbers: no dates, and no levels."""
+        return self.kind in NUMERIC
 
     @property
     def is_discrete(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from musigma.data.dataset import Dataset, Given
 from musigma.data.errors import called
 from musigma.data.sequences import lengths
 
-__all__ = ["column_ranges", "fingerprints", "outside", "ranges", "shifted"]
+__all__ = ["column_ranges", "fingerprints", "numeric", "outside", "ranges", "shifted"]
 
 ROWS, COLUMNS = 10_000, 1000  # of a table, whose ranges are kept
 FEW = 5  # rows, up to which values outside the range are outliers, and no other units
@@ -56,12 +56,10 @@ def column_ranges(dataset: Dataset) -> dict[str, list[float]]:
         or not len(dataset)
     ):
         return {}
-    n, found = len(dataset), {}
-    x = dataset.take(np.linspace(0, n - 1, min(n, ROWS)).astype(np.int64)).astype(np.float64)
-    for j, name in _numbers(dataset):
-        if len(values := x[:, j][np.isfinite(x[:, j])]):
-            found[name] = [float(f(values)) for f in (np.min, np.max, np.std)]
-    return found
+    return {
+        name: [float(f(values)) for f in (np.min, np.max, np.std)]
+        for _, name, values in _columns(dataset)
+    }
 
 
 def shifted(known: Mapping[str, Sequence[float]], dataset: Dataset) -> list[str]:
@@ -75,13 +73,9 @@ def shifted(known: Mapping[str, Sequence[float]], dataset: Dataset) -> list[str]
     >>> shifted({"dose": [0.5, 2.5, 0.4]}, data)
     ["column 'dose': most values are about 1500, and the training range is 0.5 to 2.5"]
     """
-    found, n = [], len(dataset)
-    if not known or n < FEW:
-        return found
-    x = dataset.take(np.linspace(0, n - 1, min(n, ROWS)).astype(np.int64)).astype(np.float64)
-    for j, name in _numbers(dataset):
-        values = x[:, j][np.isfinite(x[:, j])]
-        if name not in known or not len(values):
+    found: list[str] = []
+    for j, name, values in _columns(dataset) if known and len(dataset) >= FEW else ():
+        if name not in known:
             continue
         low, high, std = known[name]
         middle = float(np.median(values))
@@ -93,15 +87,19 @@ def shifted(known: Mapping[str, Sequence[float]], dataset: Dataset) -> list[str]
     return found
 
 
-def _numbers(dataset: Dataset) -> list[tuple[int, str]]:
-    """The columns of numbers, with their names, or else their places."""
-    kinds = () if dataset.schema is None else [c.kind for c in dataset.schema.columns]
-    names = dataset.columns or tuple(map(str, range(dataset.shape[0])))
-    return [
-        (j, name)
-        for j, name in enumerate(names)
-        if not kinds or kinds[j] in ("continuous", "count")
-    ]
+def numeric(dataset: Dataset) -> list[int]:
+    """The places of the columns of numbers, without dates and levels."""
+    columns = None if dataset.schema is None else dataset.schema.columns
+    return [j for j in range(dataset.shape[0]) if columns is None or columns[j].is_numeric]
+
+
+def _columns(dataset: Dataset) -> Iterator[tuple[int, str, np.ndarray]]:
+    """Places, names (or else places) and finite values of columns of numbers, of some rows."""
+    n = len(dataset)
+    x = dataset.take(np.linspace(0, n - 1, min(n, ROWS)).astype(np.int64)).astype(np.float64)
+    for j in numeric(dataset):
+        if len(values := x[:, j][np.isfinite(x[:, j])]):
+            yield j, dataset.columns[j] if dataset.columns else str(j), values
 
 
 def outside(known: Mapping[str, Mapping[str, Any]], given: Mapping[str, Given]) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from musigma.data.dataset import Dataset
 from musigma.data.errors import SHOWN, called, named, printable
+from musigma.data.ranges import numeric
 from musigma.data.sampling import PARTS, different
 from musigma.data.tables import text_of
 from musigma.data.times import DAY, ISO, written
@@ -300,14 +301,9 @@ def _alike(names: Sequence[str]) -> str:
 
 def _doubtful_values(dataset: Dataset, train: Dataset) -> Iterator[str]:
     """Codes of missing values, columns that follow from others, sums, and flattened images."""
-    schema, n = dataset.schema, len(train)
+    schema, n, numbers = dataset.schema, len(train), numeric(dataset)
     if n < 5:
         return
-    numbers = [
-        j
-        for j in range(dataset.shape[0])
-        if schema is None or schema.columns[j].kind in ("continuous", "count")
-    ]
     names = [called(dataset.columns, j) for j in numbers]
     rows = np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64)
     x = np.asarray(train.take(rows), np.float64)[:, numbers]
